@@ -1,0 +1,208 @@
+"""Masked autoencoder pre-training (arXiv 2111.06377), from scratch or domain-adaptive from a checkpoint.
+
+python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --output_dir RUN
+torchrun --nproc_per_node=8 main_pretrain.py --data_path DIR --init official:mae_pretrain_vit_base_full --output_dir RUN
+python main_pretrain.py ... --resume auto      # go on where the run was stopped, bit for bit
+"""
+
+import sys
+
+import torch
+
+from models_mae import MAE_MODELS, build_mae, load_pretrained
+from util.benchmark.reconstruction import psnr
+from util.data.augment import EvalCrop, TrainCrop, normalize, to_unit
+from util.data.images import BadImage
+from util.data.loader import held_out, open_loader
+from util.data.sheet import sheet
+from util.mae.masking import random_mask, visible_count
+from util.run import args as flags
+from util.run.device import grad_scaler, pick_device, pick_precision
+from util.run.dist import join, leave, read_world
+from util.run.errors import UserError, cli
+from util.run.log import RunFolder, provenance
+from util.run.seed import uniform_for
+from util.training.checkpoint import plain_args, restore
+from util.training.faults import Stopped
+from util.training.hub import load_weights
+from util.training.loop import Progress, Setup, train
+from util.training.optim import WarmupCosine, decay_groups, make_optimizer, unfreeze_in_stages
+
+SHOWN = 8  # held-out images in the picture of an epoch
+
+
+def get_args(argv: list[str] | None = None):
+    parser = flags.Parser("Masked autoencoder pre-training")
+    flags.add_data_args(parser, input_size=224, batch_size=64)
+    flags.add_optim_args(parser, blr=1.5e-4, epochs=400, warmup_epochs=40, weight_decay=0.05)
+    flags.add_runtime_args(parser)
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument(
+        "--model", choices=MAE_MODELS, default="mae_vit_base_patch16", metavar="NAME", help=", ".join(MAE_MODELS)
+    )
+    group.add_argument(
+        "--init",
+        default=None,
+        metavar="W",
+        help="start weights: file, hf:OWNER/REPO, timm:NAME, official:NAME; none: random",
+    )
+    group.add_argument("--mask_ratio", type=flags.ratio, default=0.75, help="removed patches, fraction in 0..1")
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="predict patches normalised by their own statistics"
+    )
+    group.add_argument(
+        "--min_crop", type=flags.fraction, default=0.2, help="least area of a random crop, fraction in 0..1"
+    )
+    group.add_argument(
+        "--unfreeze_every",
+        type=flags.count0,
+        default=0,
+        help="epochs per stage of progressive unfreezing; 0: train all",
+    )
+    group.add_argument("--unfreeze_blocks", type=flags.count, default=2, help="encoder blocks that each stage adds")
+    group.add_argument("--eval_images", type=flags.count0, default=128, help="held-out images per evaluation; 0: none")
+    return parser.parse_args(argv)
+
+
+class HeldOut:
+    """Fixed held-out images under fixed masks: their loss, their PSNR, and a picture of the first few."""
+
+    def __init__(self, args, run: RunFolder, device: torch.device):
+        crop = EvalCrop(flags.height_width(args.input_size))
+        images = []
+        for record, load in held_out(args):
+            try:
+                images.append(crop(load(), record))
+            except BadImage as error:
+                run.say(f"left out of the evaluation: {error}")
+            if len(images) == args.eval_images:
+                break
+        if not images:
+            raise UserError(f"{args.data_path} has no held-out images: raise --val_fraction or give --eval_images 0")
+        self.images, self.args, self.run, self.device = torch.stack(images), args, run, device
+
+    def __call__(self, model, epoch: int) -> dict[str, float]:
+        parts = {"images": [], "pred": [], "pasted": [], "mask": [], "loss": []}
+        for index in torch.arange(len(self.images)).split(self.args.batch_size):
+            images = to_unit(self.images[index].to(self.device))
+            noise = uniform_for(self.args.seed, 0, index.to(self.device), model.num_patches(images))
+            shown = model.reconstruct(images, random_mask(noise, self.args.mask_ratio)) | {"images": images}
+            for name, values in parts.items():
+                values.append(shown[name].cpu())
+        shown = {name: torch.cat(values) for name, values in parts.items()}
+        result = {
+            "loss": shown["loss"].mean().item(),
+            "psnr_db": psnr(shown["images"], shown["pasted"]).mean().item(),
+        }
+        self._draw({name: values[:SHOWN] for name, values in shown.items()}, epoch, result["psnr_db"])
+        return result
+
+    def _draw(self, shown: dict, epoch: int, psnr_db: float) -> None:
+        masked = torch.where(shown["mask"] > 0, 0.5, shown["images"])
+        titles = ("original", "masked", "reconstruction", "with visible")
+        note = "  (oracle statistics)" if self.args.norm_pix_loss else ""
+        picture = sheet(
+            list(zip(shown["images"], masked, shown["pred"], shown["pasted"], strict=True)),
+            column_titles=titles,
+            title=f"epoch {epoch}, {self.args.mask_ratio:.0%} masked, PSNR {psnr_db:.2f} dB{note}",
+        )
+        self.run.picture("reconstruction", picture, epoch)
+
+
+def build_model(args, run: RunFolder, fresh: bool) -> torch.nn.Module:
+    """The model; for a fresh run with its start weights, and a word on where they come from."""
+    torch.manual_seed(args.seed)
+    model = build_mae(args.model, flags.height_width(args.input_size), args.norm_pix_loss)
+    if not fresh:
+        return model
+    if not args.init:
+        run.say("weights: random (no --init)")
+        return model
+    weights = load_weights(args.init)
+    missing = load_pretrained(model, weights)
+    run.say(f"weights: {weights.source}" + ("; it has no decoder: the decoder starts fresh" if missing else ""))
+    return model
+
+
+def step_fn(args, patch_size: int):
+    """One step's loss: masks are drawn from (seed, epoch, sample index), on the device."""
+
+    def step(model, batch: dict) -> dict[str, torch.Tensor]:
+        images = normalize(batch["image"])
+        rows, columns = (side // patch_size for side in images.shape[-2:])
+        noise = uniform_for(args.seed, batch["epoch"], batch["index"], rows * columns)
+        loss, _, _ = model(images, args.mask_ratio, noise)
+        return {"loss": loss}
+
+    return step
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    world = read_world()
+    device = pick_device(args.device, world.local_rank)
+    join(world, device)
+    run = RunFolder(args.output_dir, is_main=world.is_main, log_dir=args.log_dir)
+    try:
+        pretrain(args, world, device, run)
+    except Stopped as stop:
+        sys.exit(stop.exit_status)
+    finally:
+        run.close()
+        leave()
+
+
+def pretrain(args, world, device, run: RunFolder) -> None:
+    """Set up, resume, train, and write results.json."""
+    resume_from = run.checkpoint_to_resume(args.resume)
+    crop = TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
+    loader = open_loader(args, crop, world, device)
+    evaluate = HeldOut(args, run, device) if args.eval_images and world.is_main else None
+
+    model = build_model(args, run, fresh=resume_from is None).to(device)
+    patches = model.grid[0] * model.grid[1]
+    if not 0 < visible_count(patches, args.mask_ratio) < patches:
+        raise UserError(f"--mask_ratio {args.mask_ratio:g} of {patches} patches leaves none to see or none to predict")
+    lr = args.lr if args.lr is not None else args.blr * loader.step_images / 256
+    optimizer = make_optimizer(decay_groups(model.named_parameters(), args.weight_decay), lr, device)
+    warmup_steps = round(args.warmup_epochs * loader.steps)
+    schedule = WarmupCosine(lr, args.min_lr, warmup_steps, args.epochs * loader.steps)
+    stage = None
+    if args.unfreeze_every:
+        stage = unfreeze_in_stages(model, args.unfreeze_every, args.unfreeze_blocks, ("decoder", "mask_token"))
+    precision = pick_precision(args.precision, device)
+    scaler = grad_scaler(device, precision)
+
+    progress = Progress()
+    if resume_from:
+        progress = restore(resume_from, model, optimizer, scaler, plain_args(args), loader, run.say)
+    if progress.epoch >= args.epochs and run.is_finished():
+        run.say(f"{run.path} is finished: {progress.epoch} epochs are done")
+        return
+    run.start(plain_args(args), progress.epoch, progress.global_step)
+    run.say(
+        f"{args.model} at {args.input_size} px on {device} ({precision}), {loader.images} images, "
+        f"{loader.steps} steps of {loader.step_images} images per epoch, lr {lr:.3g}"
+    )
+    setup = Setup(
+        args=args,
+        model=model,
+        step_fn=step_fn(args, model.patch_size),
+        loader=loader,
+        optimizer=optimizer,
+        schedule=schedule,
+        world=world,
+        device=device,
+        precision=precision,
+        scaler=scaler,
+        run=run,
+        evaluate=evaluate,
+        stage=stage,
+    )
+    results = train(setup, progress)
+    run.results({**results, **provenance(plain_args(args), device, loader.fingerprint)})
+
+
+if __name__ == "__main__":
+    main()

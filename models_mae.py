@@ -1,0 +1,310 @@
+"""Masked autoencoder (He et al., arXiv 2111.06377): an encoder on the visible patches and a light decoder.
+
+The state dict has the keys and shapes of the official release, so checkpoints travel both ways.
+
+    model = build_mae("mae_vit_base_patch16", img_size=224)
+    loss, pred, mask = model(images, mask_ratio=0.75)
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from models_vit import Block, PatchEmbed, init_vit_weights, patchify, unpatchify
+from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from util.mae.losses import masked_pixel_loss, patch_statistics
+from util.mae.masking import rank_patches, visible_count
+from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed, square_grid
+from util.run.errors import UserError
+from util.training.hub import Weights, load_weights
+
+
+class MaskedAutoencoder(nn.Module):
+    """Masked autoencoder with a ViT backbone.
+
+    img_size: side in px or (height, width); it sets the grid that the position embeddings are stored for.
+    Any other input whose sides divide by the patch works too: the embeddings are re-sampled to its grid.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm_pix_loss = norm_pix_loss
+        self.grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.apply(init_vit_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The (rows, columns) of patches of an image; UserError if its sides do not divide by the patch."""
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"an input of {height} x {width} px does not divide into patches of {self.patch_size} px: "
+                f"choose an --input_size that is a multiple of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def num_patches(self, images: torch.Tensor) -> int:
+        """The number of patches L of one image of the batch."""
+        rows, columns = self.grid_of(*images.shape[-2:])
+        return rows * columns
+
+    def encode(self, visible: torch.Tensor, keep_ids: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Visible patches (N, K, p*p*3) with their places (N, K) in the grid -> latent (N, 1 + K, D)."""
+        pos_embed = resample_pos_embed(self.pos_embed, self.grid, grid)
+        x = self.patch_embed(visible)
+        x = x + pos_embed[0, 1:][keep_ids]  # under autocast this keeps the residual stream in float32
+        cls = (self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latent (N, 1 + K, D) and the place of each patch in the shuffled order -> pred (N, L, p*p*3)."""
+        x = self.decoder_embed(latent)
+        n, tokens, dim = x.shape
+        mask_tokens = self.mask_token.expand(n, ids_restore.shape[1] + 1 - tokens, -1)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, dim))
+        x = torch.cat([x[:, :1], patches], dim=1)
+        x = x + resample_pos_embed(self.decoder_pos_embed, self.grid, grid)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+
+    def predict(
+        self, patches: torch.Tensor, noise: torch.Tensor, keep: int, grid: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the `keep` patches of least noise, encode them and predict all L patches.
+
+        patches: (N, L, p*p*3), normalised. noise: (N, L). Returns (pred (N, L, p*p*3), mask (N, L), 1 = removed).
+        """
+        ids_shuffle, ids_restore = rank_patches(noise)
+        keep_ids = ids_shuffle[:, :keep]
+        # the patches that will be masked are never embedded
+        visible = patches.gather(1, keep_ids[:, :, None].expand(-1, -1, patches.shape[2]))
+        pred = self.decode(self.encode(visible, keep_ids, grid), ids_restore, grid)
+        return pred, (ids_restore >= keep).to(torch.float32)
+
+    def forward(
+        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask, encode, decode and score.
+
+        images: (N, 3, H, W), normalised. mask_ratio: fraction removed, 0 <= ratio < 1. noise: (N, L); the patches
+        of least noise are kept, so a given noise makes the mask reproducible (default: fresh random numbers).
+        Returns (loss, pred (N, L, p*p*3), mask (N, L) with 0 = kept and 1 = removed).
+        """
+        grid = self.grid_of(*images.shape[-2:])
+        patches = patchify(images, self.patch_size)
+        n, length, _ = patches.shape
+        if noise is None:
+            noise = torch.rand(n, length, device=images.device)
+        pred, mask = self.predict(patches, noise, visible_count(length, mask_ratio), grid)
+        return masked_pixel_loss(pred, patches, mask, self.norm_pix_loss).mean(), pred, mask
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Fill in the masked patches of pictures. Every figure in the project goes through here.
+
+        images: (N, 3, H, W) in [0, 1]. mask: (N, L), 1 = removed, the same number in every row.
+        Returns "pred" (the prediction for every patch), "pasted" (the prediction where masked, the picture
+        where visible), both (N, 3, H, W) in [0, 1], "mask" (N, 1, H, W), and "loss" (N,), the training
+        objective of each picture (NaN where nothing is removed).
+        A model trained with norm_pix_loss predicts normalised patches; its prediction is shown with the
+        true mean and deviation of each patch (oracle statistics).
+        """
+        grid = self.grid_of(*images.shape[-2:])
+        kept = (mask == 0).sum(dim=1)
+        if mask.shape != (len(images), grid[0] * grid[1]) or (kept != kept[0]).any():
+            raise ValueError("mask must be (N, L) with the same number of removed patches in every row")
+        normalised = (images - self.pixel_mean) / self.pixel_std
+        patches = patchify(normalised, self.patch_size)
+        pred, _ = self.predict(patches, mask, int(kept[0]), grid)  # as noise, a mask puts the visible patches first
+        loss = masked_pixel_loss(pred, patches, mask, self.norm_pix_loss)
+        pred = pred.float()
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            pred = pred * std + mean
+        picture = unpatchify(pred, self.patch_size, grid) * self.pixel_std + self.pixel_mean
+        picture = picture.clamp(0, 1)
+        area = unpatchify(mask[:, :, None].expand(-1, -1, self.patch_size**2).float(), self.patch_size, grid)
+        return {"pred": picture, "pasted": torch.where(area > 0, picture, images), "mask": area, "loss": loss}
+
+
+# size: (embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth, decoder_num_heads).
+# base, large and huge are the paper's; nano is ours, for two CPU cores.
+_SIZES = {
+    "nano": (128, 6, 4, 128, 2, 4),
+    "tiny": (192, 12, 3, 128, 4, 4),
+    "small": (384, 12, 6, 256, 4, 8),
+    "base": (768, 12, 12, 512, 8, 16),
+    "large": (1024, 24, 16, 512, 8, 16),
+    "huge": (1280, 32, 16, 512, 8, 16),
+}
+_PATCHES = {"nano": (8, 16), "tiny": (8, 16), "small": (16,), "base": (16,), "large": (16,), "huge": (14,)}
+
+
+def _model_table() -> dict[str, partial]:
+    table = {}
+    for size, (dim, depth, heads, dec_dim, dec_depth, dec_heads) in _SIZES.items():
+        for patch in _PATCHES[size]:
+            build = partial(
+                MaskedAutoencoder,
+                patch_size=patch,
+                embed_dim=dim,
+                depth=depth,
+                num_heads=heads,
+                decoder_embed_dim=dec_dim,
+                decoder_depth=dec_depth,
+                decoder_num_heads=dec_heads,
+            )
+            table[f"mae_vit_{size}_patch{patch}"] = build
+            table[f"mae_vit_{size}_patch{patch}_dec{dec_dim}d{dec_depth}b"] = build
+    return table
+
+
+MAE_MODELS = _model_table()
+
+
+def build_mae(name: str, img_size: int | tuple[int, int] = 224, norm_pix_loss: bool = False) -> MaskedAutoencoder:
+    """A freshly initialised model by its official name or alias; UserError for an unknown name."""
+    if name not in MAE_MODELS:
+        raise UserError(f"unknown model {name!r}: choose from {', '.join(MAE_MODELS)}")
+    return MAE_MODELS[name](img_size=img_size, norm_pix_loss=norm_pix_loss)
+
+
+def load_mae(
+    spec: str, img_size: int | tuple[int, int] | None = None, device: torch.device | str = "cpu"
+) -> MaskedAutoencoder:
+    """A trained autoencoder, ready to reconstruct, from any weights that `util.training.hub` can name.
+
+    img_size: None keeps the size the checkpoint was trained at. UserError for weights without a decoder.
+    """
+    weights = load_weights(spec)
+    if not has_decoder(weights.state):
+        raise UserError(f"{weights.source} holds an encoder only: reconstruction needs a checkpoint with a decoder")
+    name = model_name(weights)
+    model = build_mae(name, img_size or _grid_px(weights, MAE_MODELS[name].keywords["patch_size"]))
+    model.norm_pix_loss = bool(weights.args.get("norm_pix_loss", False))
+    load_pretrained(model, weights)
+    return model.to(device).eval()
+
+
+def has_decoder(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict holds the decoder's weights beside the encoder's."""
+    return "decoder_pred.weight" in state and "mask_token" in state
+
+
+def model_name(weights: Weights) -> str:
+    """The name of the model that weights belong to: what the checkpoint says, else found by its shapes."""
+    named = weights.args.get("model")
+    if named in MAE_MODELS:
+        return named
+    state = weights.state
+    if "patch_embed.proj.weight" not in state:
+        raise UserError(f"{weights.source} holds no masked autoencoder: it has no patch_embed.proj.weight")
+    shape = {
+        "embed_dim": state["patch_embed.proj.weight"].shape[0],
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "depth": _count_blocks(state, "blocks"),
+    }
+    if has_decoder(state):
+        shape["decoder_embed_dim"] = state["mask_token"].shape[-1]
+        shape["decoder_depth"] = _count_blocks(state, "decoder_blocks")
+    # shapes do not tell the number of heads; a config.json may
+    shape |= {key: weights.args[key] for key in ("num_heads", "decoder_num_heads") if key in weights.args}
+    for name, build in MAE_MODELS.items():
+        if all(build.keywords[key] == value for key, value in shape.items()):
+            return name
+    raise UserError(f"{weights.source} fits no known model: its shapes are {shape}")
+
+
+def load_pretrained(model: MaskedAutoencoder, weights: Weights) -> list[str]:
+    """Load weights into a model; returns the names that the checkpoint lacks and that keep their fresh values.
+
+    Position embeddings are re-sampled to the model's grid. An encoder without its decoder is accepted; a
+    checkpoint of another architecture, or one that lacks a part of the encoder, is a UserError.
+    """
+    own = model.state_dict()
+    state = {name: value for name, value in weights.state.items() if name in own}
+    if "pos_embed" in state:
+        old = _grid_of_weights(weights, model.patch_size)
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if name in state and state[name].shape == (1, 1 + old[0] * old[1], own[name].shape[-1]):
+                state[name] = resample_pos_embed(state[name], old, model.grid)
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"{weights.source} is a checkpoint of another model: {name} is {tuple(value.shape)}, "
+                f"this model needs {tuple(own[name].shape)}; choose the matching --model"
+            )
+    missing = [name for name in own if name not in state]
+    lost = [name for name in missing if not name.startswith(("decoder_", "mask_token"))]
+    if lost:
+        raise UserError(f"{weights.source} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder")
+    if missing and has_decoder(weights.state):
+        raise UserError(
+            f"{weights.source} lacks {missing[0]}: its decoder is another model's; choose the matching --model"
+        )
+    extra = [name for name in weights.state if name not in own and name.startswith(("blocks.", "decoder_blocks."))]
+    if extra:
+        raise UserError(f"{weights.source} is a checkpoint of a deeper model (it holds {extra[0]}); choose its --model")
+    model.load_state_dict({**{name: own[name] for name in missing}, **state})
+    return missing
+
+
+def _count_blocks(state: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith(prefix + ".")})
+
+
+def _grid_of_weights(weights: Weights, patch_size: int) -> tuple[int, int]:
+    if "pos_embed" not in weights.state:
+        raise UserError(f"{weights.source} lacks pos_embed: it is no checkpoint of a masked autoencoder")
+    size = weights.args.get("input_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        grid = height // patch_size, width // patch_size
+        if 1 + grid[0] * grid[1] == weights.state["pos_embed"].shape[1]:
+            return grid
+    try:
+        return square_grid(weights.state["pos_embed"].shape[1] - 1)
+    except ValueError as error:
+        raise UserError(f"{weights.source}: {error}") from error
+
+
+def _grid_px(weights: Weights, patch_size: int) -> tuple[int, int]:
+    rows, columns = _grid_of_weights(weights, patch_size)
+    return rows * patch_size, columns * patch_size

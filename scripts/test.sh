@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Install what the tests need, check style, and run the tests.
+#
+#   bash scripts/test.sh [--active] [arguments for pytest]
+#
+# --active   use the active Python environment instead of .venv (so does ANIMASK_USE_ACTIVE_ENV=1)
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked "$0" "$@"
+if [ "${1:-}" = --active ]; then
+    ANIMASK_USE_ACTIVE_ENV=1
+    shift
+fi
+
+cd "$ROOT"
+ensure_env requirements-dev.txt
+# the tests' networks are so small that more threads only wait for each other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+python -m ruff check .
+python -m ruff format --check .
+python -m pytest -q "$@"

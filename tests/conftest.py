@@ -1,0 +1,94 @@
+"""Small things that several tests share."""
+
+import atexit
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Hugging Face's libraries cache what the tests make; they read this when they are imported
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="animask-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+# a masked autoencoder small enough for any test, by the arguments of MaskedAutoencoder
+SMALL_MAE = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+}
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--runslow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: give --runslow"))
+
+
+@pytest.fixture(scope="session")
+def make_images():
+    """make_images(folder, count, size=40): `count` smooth random pictures, named 000.png, 001.png, ..."""
+
+    def make(folder: Path, count: int, size: int = 40) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def import_script():
+    """import_script("scripts/bench_pretrain.py"): a script outside any package, as a module."""
+
+    def load(path: str):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("main_pretrain.py", flag, ..., processes=1): a finished process, as a user would start it."""
+
+    def run(*command, processes: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        done = subprocess.run(
+            [*start, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **options,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

@@ -1,0 +1,149 @@
+"""Crops and flips against torchvision's.
+
+Run: python -m pytest tests/test_augment.py
+"""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import functional as classic
+from torchvision.transforms.v2 import functional as modern
+
+from util.data.augment import CropFlip, EvalCrop, TrainCrop, normalize, random_resized_box, to_unit
+from util.data.images import crop_region
+from util.run.seed import rng_for
+
+
+def picture(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(48, 48), (64, 32), (200, 200)])
+@pytest.mark.parametrize("box", [(0, 0, 120, 90), (13, 7, 77, 60), (100, 80, 103, 82)])
+def test_crop_equals_torchvision(size, box, flip):
+    got = CropFlip(box, flip).apply(picture(), size)
+    assert got.shape == (3, *size) and got.dtype == torch.uint8 and got.is_contiguous()
+    x1, y1, x2, y2 = box
+    place = (y1, x1, y2 - y1, x2 - x1)
+    expected = modern.resized_crop(
+        modern.pil_to_tensor(picture()), *place, list(size), modern.InterpolationMode.BICUBIC, antialias=True
+    )
+    pillow = classic.pil_to_tensor(
+        classic.resized_crop(picture(), *place, list(size), classic.InterpolationMode.BICUBIC)
+    )
+    if flip:
+        expected, pillow = expected.flip(-1), pillow.flip(-1)
+    assert (got.int() - expected.int()).abs().max() <= 1
+    assert (got.int() - pillow.int()).abs().max() <= 2
+    assert (got.int() - pillow.int()).abs().float().mean() < 0.1
+
+
+def test_crop_of_the_target_size_is_not_resampled():
+    got = CropFlip((10, 20, 42, 52)).apply(picture(), (32, 32))
+    assert torch.equal(got, classic.pil_to_tensor(picture())[:, 20:52, 10:42])
+
+
+def quantiles(boxes: np.ndarray) -> np.ndarray:
+    """Of x1, y1, width, height, area and proportions, at five levels: (6, 5)."""
+    x, y, w, h = boxes.T
+    return np.quantile(np.stack([x, y, w, h, w * h / 1000, 50 * w / h]), [0.1, 0.25, 0.5, 0.75, 0.9], axis=1).T
+
+
+@pytest.mark.parametrize("shape", [(100, 100), (160, 90)])
+def test_boxes_are_distributed_as_torchvisions(shape):
+    width, height = shape
+    scale, ratio, count = (0.2, 1.0), (3 / 4, 4 / 3), 6000
+    torch.manual_seed(0)
+    blank = torch.zeros(3, height, width)
+    reference = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])[:, [1, 0, 3, 2]]
+    boxes = np.array([random_resized_box(width, height, scale, ratio, rng_for(0, i)) for i in range(count)])
+    ours = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+    assert np.abs(quantiles(ours) - quantiles(reference)).max() < 4
+    assert np.abs(ours.mean(0) - reference.mean(0)).max() < 1.2
+
+
+@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (50, 50), (1, 1), (1, 300)])
+def test_fallback_is_torchvisions(shape):
+    width, height = shape
+    scale, ratio = (30.0, 40.0), (3 / 4, 4 / 3)  # never fits
+    top, left, h, w = RandomResizedCrop.get_params(torch.zeros(3, height, width), scale, ratio)
+    got = random_resized_box(width, height, scale, ratio, rng_for(0))
+    assert got == (left, top, left + max(1, w), top + max(1, h))
+
+
+def test_train_crop_is_a_function_of_its_generator():
+    crop, image = TrainCrop((32, 32)), picture()
+    first = crop(image, {}, rng_for(0, 1, 2))
+    assert first.shape == (3, 32, 32) and first.dtype == torch.uint8
+    assert torch.equal(first, crop(image, {}, rng_for(0, 1, 2)))
+    assert not torch.equal(first, crop(image, {}, rng_for(0, 1, 3)))
+
+
+def test_half_of_the_crops_are_mirrored():
+    crop = TrainCrop((16, 16))
+    flips = [crop.draw(picture(), {}, rng_for(i)).flip for i in range(2000)]
+    assert 0.46 < np.mean(flips) < 0.54
+    assert not any(TrainCrop((16, 16), flip=False).draw(picture(), {}, rng_for(i)).flip for i in range(50))
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.5, 0.6)])
+def test_crops_lie_in_the_picture_and_have_the_asked_area(scale):
+    crop = TrainCrop((32, 32), scale=scale)
+    for i in range(300):
+        x1, y1, x2, y2 = crop.draw(picture(), {}, rng_for(i)).box
+        assert 0 <= x1 < x2 <= 120 and 0 <= y1 < y2 <= 90
+        assert scale[0] - 0.02 < (x2 - x1) * (y2 - y1) / (120 * 90) < scale[1] + 0.02
+
+
+def test_wide_art_is_cut_around_the_face_before_the_random_crop():
+    image, face = picture(800, 200), [700, 60, 760, 120]
+    region = crop_region(image, 1.0, face)
+    for i in range(100):
+        x1, y1, x2, y2 = TrainCrop((32, 32)).draw(image, {"box": face}, rng_for(i)).box
+        assert region[0] <= x1 and x2 <= region[2] and region[1] <= y1 and y2 <= region[3]
+
+
+def test_moderate_art_is_not_cut_first():
+    image = picture(280, 200)
+    lefts = [TrainCrop((32, 32)).draw(image, {"box": [0, 0, 20, 20]}, rng_for(i)).box[2] for i in range(200)]
+    assert max(lefts) > 270  # reaches parts that a crop around the face would have cut off
+
+
+def test_proportions_are_relative_to_the_target():
+    crop = TrainCrop((64, 32))
+    shapes = []
+    for i in range(200):
+        x1, y1, x2, y2 = crop.draw(picture(90, 120), {}, rng_for(i)).box
+        shapes.append((x2 - x1) / (y2 - y1) / 0.5)
+    assert 0.72 < min(shapes) < 0.8 and 1.25 < max(shapes) < 1.39
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+def test_eval_crop_is_the_smart_crop(size):
+    image, record = picture(300, 100), {"box": [10, 20, 40, 50]}
+    crop = EvalCrop(size)
+    got = crop(image, record)
+    assert torch.equal(got, crop(image, record, rng_for(5)))
+    expected = CropFlip(crop_region(image, size[1] / size[0], record["box"])).apply(image, size)
+    assert torch.equal(got, expected)
+
+
+def test_normalize_equals_torchvision():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reference = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images.float() / 255)
+    assert torch.allclose(normalize(images), reference, atol=1e-6)
+    assert torch.allclose(to_unit(images), images.float() / 255, atol=1e-7)
+    assert to_unit(images).max() <= 1 and images.dtype == torch.uint8
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrainCrop((32, 32))(picture(), {}, rng_for(0))
+        EvalCrop((32, 32))(picture(), {})

@@ -1,0 +1,1 @@
+"""Metrics, one file per family: pure functions on arrays, no I/O."""

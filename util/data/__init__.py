@@ -1,0 +1,1 @@
+"""From a --data_path to decoded, cropped images."""

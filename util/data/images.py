@@ -1,0 +1,129 @@
+"""Any picture file to an RGB image, and the part of it that a model is shown."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from util.data.smart_crop import salient_centre
+
+MAX_PIXELS = 100_000_000
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
+
+_ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 say how the stored rows lie in the upright picture
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FACE_HEIGHT = 0.42  # where the centre of the face comes to lie in a crop that is cut in height, from the top
+_HEAD_ROOM = 0.5  # hair and hat above the face box, in heights of the box
+
+
+class BadImage(Exception):
+    """A picture that cannot be decoded. `path` (str) names it, `reason` (str) says why."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(str(path), reason)  # both in args: exceptions cross process borders as pickles
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a file, or the bytes of one, to an upright 8-bit RGB image.
+
+    EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled, not clipped; CMYK is
+    converted; of an animation the first frame is taken. Raises BadImage where the data are empty, truncated or
+    not a picture, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
+    """
+    name = "(bytes)" if isinstance(source, bytes) else str(source)
+    try:
+        size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+        if not size:
+            raise BadImage(name, "the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd EXIF and palettes; what matters is raised
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > max_pixels:
+                    raise BadImage(name, f"{image.width} x {image.height} pixels, more than {max_pixels}")
+                image.load()
+                return _to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Exception as error:  # on damaged data the decoders raise almost anything: OSError, SyntaxError, struct.error
+        raise BadImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block is no reason to lose the picture
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey_to_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")  # a copy, also of an RGB image: the file is closed when we return
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    opaque = image.convert("RGB")
+    if alpha.getextrema()[0] == 255:
+        return opaque
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(opaque, mask=alpha)
+    return canvas
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits. 16-bit files are 0..65535; the range of others is told by their largest value."""
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    largest = float(values.max())
+    full_scale = next((top for top in ranges if largest <= top), largest)
+    grey = np.clip(values * (255.0 / full_scale), 0.0, 255.0)
+    return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
+
+
+def crop_region(
+    image: Image.Image, aspect: float, box: tuple[float, float, float, float] | None = None
+) -> tuple[int, int, int, int]:
+    """The largest region of an image that has the proportions `aspect` (width / height) and keeps the character.
+
+    box: the face, x1 y1 x2 y2 in px, if it is known; else the region is put where the picture is most salient
+    (`util.data.smart_crop`). Returns x1, y1, x2, y2 in px inside the image. Deterministic.
+    """
+    width, height = image.size
+    if width > height * aspect:
+        length = max(1, round(height * aspect))
+        centre = (box[0] + box[2]) / 2 if box is not None else salient_centre(image, length, axis=0)
+        left = _clamp(round(centre - length / 2), 0, width - length)
+        return left, 0, left + length, height
+    length = min(height, max(1, round(width / aspect)))
+    if length == height:
+        return 0, 0, width, height
+    top = _top_for_face(box, length) if box is not None else salient_centre(image, length, axis=1) - length / 2
+    top = _clamp(round(top), 0, height - length)
+    return 0, top, width, top + length
+
+
+def _top_for_face(box: tuple[float, float, float, float], length: int) -> float:
+    height = box[3] - box[1]
+    room = min(_HEAD_ROOM * height, max(0.0, length - height))  # hair gives way before the chin does
+    return min((box[1] + box[3]) / 2 - _FACE_HEIGHT * length, box[1] - room)
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)

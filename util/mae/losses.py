@@ -1,0 +1,26 @@
+"""The reconstruction objective of masked autoencoders."""
+
+import torch
+
+
+def patch_statistics(patches: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each patch, (N, L, 1) both; the variance is the unbiased one, plus eps."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + eps).sqrt()
+
+
+def masked_pixel_loss(
+    pred: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool = False
+) -> torch.Tensor:
+    """Mean squared error over the removed patches of each image (arXiv 2111.06377, section 3).
+
+    pred, patches: (N, L, V). mask: (N, L), 1 = removed. norm_pix_loss: compare with patches normalised by
+    their own mean and standard deviation. Returns (N,), float32 (float64 for such input); NaN where nothing
+    is removed. The objective is the mean over the batch: every image has the same number of removed patches.
+    """
+    precise = torch.promote_types(pred.dtype, torch.float32)  # half precision is too coarse for means of squares
+    pred, target = pred.to(precise), patches.to(precise)
+    if norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    error = (pred - target).square().mean(dim=-1)
+    return (error * mask).sum(dim=1) / mask.sum(dim=1)

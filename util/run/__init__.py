@@ -1,0 +1,1 @@
+"""Running an experiment: flags, device, processes, seeds, logs, errors."""

@@ -1,0 +1,58 @@
+"""Several processes under torchrun; a single process needs nothing of it and pays nothing."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce a tensor over all processes, in place: op is "sum" or "max"."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+        return tensor
+
+    def gather_objects(self, value) -> list:
+        """The values of all processes, in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def read_world() -> World:
+    """This process's place as torchrun's environment variables give it; a single process without them."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return World()
+    return World(*(int(os.environ[name]) for name in names))
+
+
+def join(world: World, device: torch.device) -> None:
+    """Form the process group: NCCL between CUDA cards, gloo otherwise."""
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""Stateless randomness: every number is a function of a key such as (seed, epoch, sample index).
+
+There is no generator state to save, so a run draws the same numbers with any number of
+workers and processes, and resumes bit for bit from the middle of an epoch.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+_MASK32 = 0xFFFFFFFF
+
+
+def rng_for(*key: int | str) -> np.random.Generator:
+    """A NumPy generator keyed by `key`, e.g. `rng_for(seed, epoch, index, "crop")`.
+
+    Equal keys give equal streams on every platform; different keys give independent ones.
+    """
+    return np.random.Generator(np.random.Philox(key=_key128(key)))
+
+
+def torch_seed(*key: int | str) -> int:
+    """A 63-bit seed for `torch.manual_seed` keyed by `key`."""
+    return _key128(key) >> 65
+
+
+def _key128(key: tuple) -> int:
+    text = "\0".join(f"{type(part).__name__[0]}{part}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), a row for each sample, computed where `index` lives.
+
+    index: (N,) int64 sample indices. Returns (N, count) float32 with 24 random bits each.
+    Row i depends only on (seed, epoch, index[i]) and is the same on every device: it is a
+    counter-based generator, a chain of 32-bit integer hashes (the finalizer `lowbias32` by
+    C. Wellons, constants 0x7feb352d and 0x846ca68b) in int64 arithmetic.
+    """
+    base = _key128((seed, epoch, "uniform"))
+    low, high = base & _MASK32, (base >> 32) & _MASK32
+    row = _hash32((index & _MASK32) ^ low)
+    row = _hash32((row + (index >> 32) + high) & _MASK32)
+    counter = torch.arange(1, count + 1, device=index.device, dtype=torch.int64)
+    cell = _hash32((row[:, None] + counter * 0x9E3779B9) & _MASK32)
+    cell = _hash32((cell ^ row[:, None]) & _MASK32)
+    return (cell >> 8).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def _hash32(x: torch.Tensor) -> torch.Tensor:
+    x = x ^ (x >> 16)
+    x = _mul32(x, 0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = _mul32(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _mul32(x: torch.Tensor, constant: int) -> torch.Tensor:
+    # 32-bit product by 16-bit halves, so that no intermediate leaves the 63 positive bits
+    low = x * (constant & 0xFFFF)
+    high = (x * (constant >> 16)) & 0xFFFF
+    return (low + (high << 16)) & _MASK32

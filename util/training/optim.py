@@ -1,0 +1,83 @@
+"""Optimizer, learning-rate schedule, and which parameters are trainable when."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices and tokens decay, biases and norms (1-D) do not.
+
+    Frozen position embeddings are left out; parameters that are only frozen for now belong in.
+    """
+    groups = {True: [], False: []}
+    for name, parameter in named:
+        if not name.endswith("pos_embed"):
+            groups[parameter.ndim > 1].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    groups: list[dict], lr: float, device: torch.device, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) in its fused form: one kernel, about four times the speed on a CPU too."""
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda", "mps"))
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up, then half a cosine down to min_lr. Steps are optimizer steps."""
+
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    total_steps: int
+
+    def at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...; the first step already learns."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rate of every group (times its "lr_scale", if it has one) and return it."""
+        lr = self.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+
+def unfreeze_in_stages(model: nn.Module, every: int, top_k: int, always: tuple[str, ...]) -> Callable[[int], list[str]]:
+    """Progressive unfreezing of an encoder with `blocks`: first only what starts with `always`
+    (a head, a decoder), then `top_k` more blocks from the top every `every` epochs, at last the embedding.
+
+    Returns stage(epoch) -> names of the trainable parameters, which it also sets; it depends on the
+    epoch alone, so a resumed run stands where it stood.
+    """
+    depth = len(model.blocks)
+    frozen_for_good = {name for name, p in model.named_parameters() if not p.requires_grad}
+
+    def stage(epoch: int) -> list[str]:
+        open_blocks = min(depth, top_k * (epoch // every))
+        prefixes = list(always)
+        if open_blocks:
+            prefixes += ["norm."] + [f"blocks.{i}." for i in range(depth - open_blocks, depth)]
+        if open_blocks == depth:
+            prefixes.append("")
+        trainable = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name not in frozen_for_good and name.startswith(tuple(prefixes))
+            if parameter.requires_grad:
+                trainable.append(name)
+            else:
+                parameter.grad = None
+        return trainable
+
+    return stage

@@ -1,0 +1,1 @@
+"""Figures, notebook and demo; run as `python -m visualize.NAME`."""
