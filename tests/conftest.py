@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -41,6 +42,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: give --runslow"))
+
+
+def pytest_sessionfinish(session):
+    """A process that a test left behind would be waited for at exit, forever: end it, and fail."""
+    for child in multiprocessing.active_children():
+        print(f"\nerror: a test left the process {child.name} behind")
+        child.kill()
+        session.exitstatus = 1
 
 
 @pytest.fixture(scope="session")

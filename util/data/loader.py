@@ -23,6 +23,7 @@ from util.run.errors import UserError
 from util.run.seed import rng_for
 
 _MAX_HOPS = 100
+_GRACE_S = 60  # a worker told to terminate goes on for so long, while the main process saves
 
 
 class Samples(Dataset):
@@ -111,11 +112,17 @@ class TrainLoader:
             persistent_workers=num_workers > 0,
             **worker_options(num_workers, device),
         )
+        self._batches: Iterator[dict] | None = None
 
     def enter(self, epoch: int, step: int) -> Iterator[dict]:
         """Batches from an optimizer step of an epoch to the epoch's end."""
         self._sampler.enter(epoch, step)
-        return iter(self._loader)
+        self._batches = iter(self._loader)
+        return self._batches
+
+    def close(self) -> None:
+        """End the worker processes; the loader is of no use afterwards."""
+        _end_workers(self._batches)
 
 
 class StreamSamples(IterableDataset):
@@ -167,11 +174,17 @@ class StreamLoader:
         self._samples = StreamSamples(source, transform, StepSampler(epoch_images, batch_size, accum_iter, seed, world))
         self.steps, self.step_images = self._samples.sampler.steps, self._samples.sampler.step_images
         self._options = worker_options(num_workers, device)
+        self._batches: Iterator[dict] | None = None
 
     def enter(self, epoch: int, step: int) -> Iterator[dict]:
         """Batches from an optimizer step of an epoch to the epoch's end."""
         self._samples.sampler.enter(epoch, step)
-        return iter(DataLoader(self._samples, batch_size=None, **self._options))
+        self._batches = iter(DataLoader(self._samples, batch_size=None, **self._options))
+        return self._batches
+
+    def close(self) -> None:
+        """End the worker processes; the loader is of no use afterwards."""
+        _end_workers(self._batches)
 
 
 def open_loader(args, transform: Callable, world: World, device: torch.device) -> TrainLoader | StreamLoader:
@@ -212,9 +225,17 @@ def worker_options(num_workers: int, device: torch.device) -> dict:
     return options
 
 
+def _end_workers(batches: Iterator | None) -> None:
+    """End the processes behind an iterator now: after an exception its traceback would keep it, and them, alive."""
+    if shutdown := getattr(batches, "_shutdown_workers", None):  # what the iterator's own __del__ calls
+        shutdown()
+
+
 def _start_worker(_: int) -> None:
     # one thread each: the workers are the parallelism. Signals often reach the whole process group; the main
     # process decides what they mean and ends its workers itself, and orphans notice that their parent is gone.
     torch.set_num_threads(1)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    # never deaf to this one: a parent that leaves in a hurry ends its workers by it, and then waits for them
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

@@ -10,7 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -74,7 +74,7 @@ class _Trainer:
         state.step_images, state.data = setup.loader.step_images, setup.loader.fingerprint
 
     def run(self) -> dict:
-        with Signals() as self.signals:
+        with Signals() as self.signals, closing(self.setup.loader):
             while self.state.epoch < self.args.epochs and not self._reached_max_steps():
                 self._prepare_epoch()
                 finished = self._run_epoch()
