@@ -5,11 +5,9 @@ torchrun --nproc_per_node=8 main_pretrain.py --data_path DIR --init official:mae
 python main_pretrain.py ... --resume auto      # go on where the run was stopped, bit for bit
 """
 
-import sys
-
 import torch
 
-from models_mae import MAE_MODELS, build_mae, load_pretrained
+from models_mae import MAE_MODELS, build_mae, load_mae_weights
 from util.benchmark.reconstruction import psnr
 from util.data.augment import EvalCrop, TrainCrop, normalize, to_unit
 from util.data.images import BadImage
@@ -17,16 +15,12 @@ from util.data.loader import held_out, open_loader
 from util.data.sheet import sheet
 from util.mae.masking import random_mask, visible_count
 from util.run import args as flags
-from util.run.device import grad_scaler, pick_device, pick_precision
-from util.run.dist import join, leave, read_world
 from util.run.errors import UserError, cli
-from util.run.log import RunFolder, provenance
+from util.run.log import RunFolder
 from util.run.seed import uniform_for
-from util.training.checkpoint import plain_args, restore
-from util.training.faults import Stopped
 from util.training.hub import load_weights
-from util.training.loop import Progress, Setup, train
 from util.training.optim import WarmupCosine, decay_groups, make_optimizer, unfreeze_in_stages
+from util.training.session import Session, fit, session
 
 SHOWN = 8  # held-out images in the picture of an epoch
 
@@ -119,7 +113,7 @@ def build_model(args, run: RunFolder, fresh: bool) -> torch.nn.Module:
         run.say("weights: random (no --init)")
         return model
     weights = load_weights(args.init)
-    missing = load_pretrained(model, weights)
+    missing = load_mae_weights(model, weights)
     run.say(f"weights: {weights.source}" + ("; it has no decoder: the decoder starts fresh" if missing else ""))
     return model
 
@@ -140,68 +134,37 @@ def step_fn(args, patch_size: int):
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    world = read_world()
-    device = pick_device(args.device, world.local_rank)
-    join(world, device)
-    run = RunFolder(args.output_dir, is_main=world.is_main, log_dir=args.log_dir)
-    try:
-        pretrain(args, world, device, run)
-    except Stopped as stop:
-        sys.exit(stop.exit_status)
-    finally:
-        run.close()
-        leave()
+    with session(args) as here:
+        pretrain(args, here)
 
 
-def pretrain(args, world, device, run: RunFolder) -> None:
+def pretrain(args, here: Session) -> None:
     """Set up, resume, train, and write results.json."""
-    resume_from = run.checkpoint_to_resume(args.resume)
     crop = TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
-    loader = open_loader(args, crop, world, device)
-    evaluate = HeldOut(args, run, device) if args.eval_images and world.is_main else None
+    loader = open_loader(args, crop, here.world, here.device)
+    evaluate = HeldOut(args, here.run, here.device) if args.eval_images and here.world.is_main else None
 
-    model = build_model(args, run, fresh=resume_from is None).to(device)
+    model = build_model(args, here.run, fresh=here.resume_from is None).to(here.device)
     patches = model.grid[0] * model.grid[1]
     if not 0 < visible_count(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio:g} of {patches} patches leaves none to see or none to predict")
     lr = args.lr if args.lr is not None else args.blr * loader.step_images / 256
-    optimizer = make_optimizer(decay_groups(model.named_parameters(), args.weight_decay), lr, device)
-    warmup_steps = round(args.warmup_epochs * loader.steps)
-    schedule = WarmupCosine(lr, args.min_lr, warmup_steps, args.epochs * loader.steps)
     stage = None
     if args.unfreeze_every:
         stage = unfreeze_in_stages(model, args.unfreeze_every, args.unfreeze_blocks, ("decoder", "mask_token"))
-    precision = pick_precision(args.precision, device)
-    scaler = grad_scaler(device, precision)
-
-    progress = Progress()
-    if resume_from:
-        progress = restore(resume_from, model, optimizer, scaler, plain_args(args), loader, run.say)
-    if progress.epoch >= args.epochs and run.is_finished():
-        run.say(f"{run.path} is finished: {progress.epoch} epochs are done")
-        return
-    run.start(plain_args(args), progress.epoch, progress.global_step)
-    run.say(
-        f"{args.model} at {args.input_size} px on {device} ({precision}), {loader.images} images, "
-        f"{loader.steps} steps of {loader.step_images} images per epoch, lr {lr:.3g}"
-    )
-    setup = Setup(
-        args=args,
+    results = fit(
+        here,
+        f"{args.model} at {args.input_size} px, lr {lr:.3g},",
         model=model,
         step_fn=step_fn(args, model.patch_size),
         loader=loader,
-        optimizer=optimizer,
-        schedule=schedule,
-        world=world,
-        device=device,
-        precision=precision,
-        scaler=scaler,
-        run=run,
+        optimizer=make_optimizer(decay_groups(model.named_parameters(), args.weight_decay), lr, here.device),
+        schedule=WarmupCosine(lr, args.min_lr, round(args.warmup_epochs * loader.steps), args.epochs * loader.steps),
         evaluate=evaluate,
         stage=stage,
     )
-    results = train(setup, progress)
-    run.results({**results, **provenance(plain_args(args), device, loader.fingerprint)})
+    if results:
+        here.run.results(results)
 
 
 if __name__ == "__main__":

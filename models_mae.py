@@ -11,13 +11,23 @@ from functools import partial
 import torch
 from torch import nn
 
-from models_vit import Block, PatchEmbed, init_vit_weights, patchify, unpatchify
+from models_vit import (
+    VIT_PATCHES,
+    VIT_SIZES,
+    Block,
+    PatchEmbed,
+    init_vit_weights,
+    patch_grid,
+    patchify,
+    unpatchify,
+)
 from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from util.mae.losses import masked_pixel_loss, patch_statistics
 from util.mae.masking import rank_patches, visible_count
-from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed, square_grid
+from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.run.errors import UserError
 from util.training.hub import Weights, load_weights
+from util.training.pretrained import count_blocks, grid_of_weights, load_pretrained
 
 
 class MaskedAutoencoder(nn.Module):
@@ -68,12 +78,7 @@ class MaskedAutoencoder(nn.Module):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The (rows, columns) of patches of an image; UserError if its sides do not divide by the patch."""
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"an input of {height} x {width} px does not divide into patches of {self.patch_size} px: "
-                f"choose an --input_size that is a multiple of {self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid(height, width, self.patch_size)
 
     def num_patches(self, images: torch.Tensor) -> int:
         """The number of patches L of one image of the batch."""
@@ -164,35 +169,34 @@ class MaskedAutoencoder(nn.Module):
         return {"pred": picture, "pasted": torch.where(area > 0, picture, images), "mask": area, "loss": loss}
 
 
-# size: (embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth, decoder_num_heads).
-# base, large and huge are the paper's; nano is ours, for two CPU cores.
-_SIZES = {
-    "nano": (128, 6, 4, 128, 2, 4),
-    "tiny": (192, 12, 3, 128, 4, 4),
-    "small": (384, 12, 6, 256, 4, 8),
-    "base": (768, 12, 12, 512, 8, 16),
-    "large": (1024, 24, 16, 512, 8, 16),
-    "huge": (1280, 32, 16, 512, 8, 16),
+# size: (embed_dim, depth, num_heads) of the decoder
+_DECODERS = {
+    "nano": (128, 2, 4),
+    "tiny": (128, 4, 4),
+    "small": (256, 4, 8),
+    "base": (512, 8, 16),
+    "large": (512, 8, 16),
+    "huge": (512, 8, 16),
 }
-_PATCHES = {"nano": (8, 16), "tiny": (8, 16), "small": (16,), "base": (16,), "large": (16,), "huge": (14,)}
 
 
 def _model_table() -> dict[str, partial]:
     table = {}
-    for size, (dim, depth, heads, dec_dim, dec_depth, dec_heads) in _SIZES.items():
-        for patch in _PATCHES[size]:
+    for size, (dim, depth, heads) in VIT_SIZES.items():
+        decoder_dim, decoder_depth, decoder_heads = _DECODERS[size]
+        for patch in VIT_PATCHES[size]:
             build = partial(
                 MaskedAutoencoder,
                 patch_size=patch,
                 embed_dim=dim,
                 depth=depth,
                 num_heads=heads,
-                decoder_embed_dim=dec_dim,
-                decoder_depth=dec_depth,
-                decoder_num_heads=dec_heads,
+                decoder_embed_dim=decoder_dim,
+                decoder_depth=decoder_depth,
+                decoder_num_heads=decoder_heads,
             )
             table[f"mae_vit_{size}_patch{patch}"] = build
-            table[f"mae_vit_{size}_patch{patch}_dec{dec_dim}d{dec_depth}b"] = build
+            table[f"mae_vit_{size}_patch{patch}_dec{decoder_dim}d{decoder_depth}b"] = build
     return table
 
 
@@ -219,7 +223,7 @@ def load_mae(
     name = model_name(weights)
     model = build_mae(name, img_size or _grid_px(weights, MAE_MODELS[name].keywords["patch_size"]))
     model.norm_pix_loss = bool(weights.args.get("norm_pix_loss", False))
-    load_pretrained(model, weights)
+    load_mae_weights(model, weights)
     return model.to(device).eval()
 
 
@@ -239,11 +243,11 @@ def model_name(weights: Weights) -> str:
     shape = {
         "embed_dim": state["patch_embed.proj.weight"].shape[0],
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
-        "depth": _count_blocks(state, "blocks"),
+        "depth": count_blocks(state, "blocks"),
     }
     if has_decoder(state):
         shape["decoder_embed_dim"] = state["mask_token"].shape[-1]
-        shape["decoder_depth"] = _count_blocks(state, "decoder_blocks")
+        shape["decoder_depth"] = count_blocks(state, "decoder_blocks")
     # shapes do not tell the number of heads; a config.json may
     shape |= {key: weights.args[key] for key in ("num_heads", "decoder_num_heads") if key in weights.args}
     for name, build in MAE_MODELS.items():
@@ -252,59 +256,19 @@ def model_name(weights: Weights) -> str:
     raise UserError(f"{weights.source} fits no known model: its shapes are {shape}")
 
 
-def load_pretrained(model: MaskedAutoencoder, weights: Weights) -> list[str]:
-    """Load weights into a model; returns the names that the checkpoint lacks and that keep their fresh values.
+def load_mae_weights(model: MaskedAutoencoder, weights: Weights) -> list[str]:
+    """Load weights into an autoencoder; returns the names that the checkpoint lacks and that keep their fresh values.
 
-    Position embeddings are re-sampled to the model's grid. An encoder without its decoder is accepted; a
-    checkpoint of another architecture, or one that lacks a part of the encoder, is a UserError.
+    An encoder without its decoder is accepted; anything else that is not the model's own is a UserError.
     """
-    own = model.state_dict()
-    state = {name: value for name, value in weights.state.items() if name in own}
-    if "pos_embed" in state:
-        old = _grid_of_weights(weights, model.patch_size)
-        for name in ("pos_embed", "decoder_pos_embed"):
-            if name in state and state[name].shape == (1, 1 + old[0] * old[1], own[name].shape[-1]):
-                state[name] = resample_pos_embed(state[name], old, model.grid)
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise UserError(
-                f"{weights.source} is a checkpoint of another model: {name} is {tuple(value.shape)}, "
-                f"this model needs {tuple(own[name].shape)}; choose the matching --model"
-            )
-    missing = [name for name in own if name not in state]
-    lost = [name for name in missing if not name.startswith(("decoder_", "mask_token"))]
-    if lost:
-        raise UserError(f"{weights.source} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder")
+    missing = load_pretrained(model, weights, optional=("decoder_", "mask_token"))
     if missing and has_decoder(weights.state):
         raise UserError(
             f"{weights.source} lacks {missing[0]}: its decoder is another model's; choose the matching --model"
         )
-    extra = [name for name in weights.state if name not in own and name.startswith(("blocks.", "decoder_blocks."))]
-    if extra:
-        raise UserError(f"{weights.source} is a checkpoint of a deeper model (it holds {extra[0]}); choose its --model")
-    model.load_state_dict({**{name: own[name] for name in missing}, **state})
     return missing
 
 
-def _count_blocks(state: dict[str, torch.Tensor], prefix: str) -> int:
-    return len({name.split(".")[1] for name in state if name.startswith(prefix + ".")})
-
-
-def _grid_of_weights(weights: Weights, patch_size: int) -> tuple[int, int]:
-    if "pos_embed" not in weights.state:
-        raise UserError(f"{weights.source} lacks pos_embed: it is no checkpoint of a masked autoencoder")
-    size = weights.args.get("input_size")
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        grid = height // patch_size, width // patch_size
-        if 1 + grid[0] * grid[1] == weights.state["pos_embed"].shape[1]:
-            return grid
-    try:
-        return square_grid(weights.state["pos_embed"].shape[1] - 1)
-    except ValueError as error:
-        raise UserError(f"{weights.source}: {error}") from error
-
-
 def _grid_px(weights: Weights, patch_size: int) -> tuple[int, int]:
-    rows, columns = _grid_of_weights(weights, patch_size)
+    rows, columns = grid_of_weights(weights, patch_size)
     return rows * patch_size, columns * patch_size

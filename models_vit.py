@@ -1,12 +1,23 @@
-"""Vision transformer layers (Dosovitskiy et al., arXiv 2010.11929) with the state-dict names of the official MAE.
+"""Vision transformers (Dosovitskiy et al., arXiv 2010.11929) with the state-dict names of the official MAE.
+
+    model = build_vit("vit_base_patch16", img_size=224)
+    embeddings = model.embed(images)       # (N, 3, H, W) in [0, 1] -> (N, 768)
+
+Every backbone of the project, whatever its kind, is a `Backbone`: pictures in, embeddings out, a head on top.
 
 An image of H x W px is cut into (H/p) x (W/p) patches, numbered row by row. A patch is a vector of
 p*p*3 values in the order (row in patch, column in patch, channel).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed
+from util.run.errors import UserError
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -69,19 +80,34 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block, (N, T, D) -> (N, T, D)."""
+class DropPath(nn.Module):
+    """Leave a residual branch out for whole samples (stochastic depth, arXiv 1603.09382), in training only."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, (N, T, D) -> (N, T, D). drop_path: share of samples without a branch, 0..1."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def init_vit_weights(module: nn.Module) -> None:
@@ -95,3 +121,128 @@ def init_vit_weights(module: nn.Module) -> None:
     elif isinstance(module, PatchEmbed):
         nn.init.xavier_uniform_(module.proj.weight.view(module.proj.weight.shape[0], -1))
         nn.init.zeros_(module.proj.bias)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """The (rows, columns) of patches of an image in px; UserError if its sides do not divide by the patch."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"an input of {height} x {width} px does not divide into patches of {patch_size} px: "
+            f"choose an --input_size that is a multiple of {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+class Backbone(nn.Module):
+    """A network that turns pictures into embeddings, and with a head into class scores.
+
+    embed_dim: D of the embeddings. head: a module on embeddings, the identity until one is attached.
+    Each backbone takes out the pixel statistics that it was trained with, so pictures come in [0, 1].
+    """
+
+    def __init__(self, embed_dim: int, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.head: nn.Module = nn.Identity()
+
+    def standardize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> the numbers that the network was trained on."""
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> embeddings (N, D)."""
+        raise NotImplementedError
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> what the head makes of their embeddings.
+
+        labels: (N,) int64, for heads that put a margin between the true class and the others.
+        """
+        embeddings = self.embed(images)
+        return self.head(embeddings) if labels is None else self.head(embeddings, labels)
+
+
+class VisionTransformer(Backbone):
+    """The encoder of a masked autoencoder as a backbone.
+
+    img_size: side in px or (height, width), for which the position embeddings are stored; they are re-sampled
+    for inputs of another size. global_pool: embed by the mean of the patch tokens, then `fc_norm`, as the official
+    fine-tuning does; else by the normalised class token. drop_path: rate of the last block, rising linearly from 0.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        global_pool: bool = True,
+        drop_path: float = 0.0,
+    ):
+        super().__init__(embed_dim)
+        self.patch_size, self.global_pool = patch_size, global_pool
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.grid = patch_grid(height, width, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        # as in the official release, only the norm that is used is there
+        if global_pool:
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        else:
+            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.apply(init_vit_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> tokens (N, 1 + L, D), the class token first.
+
+        With mean pooling they come as the last block leaves them; with the class token, after the final norm.
+        """
+        grid = patch_grid(*images.shape[-2:], self.patch_size)
+        pos_embed = resample_pos_embed(self.pos_embed, self.grid, grid)
+        x = self.patch_embed(patchify(self.standardize(images), self.patch_size))
+        x = x + pos_embed[:, 1:]  # under autocast this keeps the residual stream in float32
+        cls = (self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x if self.global_pool else self.norm(x)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> embeddings (N, D)."""
+        tokens = self.forward_features(images)
+        return self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.global_pool else tokens[:, 0]
+
+
+# size: (embed_dim, depth, num_heads). base, large and huge are the paper's; nano is ours, for two CPU cores.
+VIT_SIZES = {
+    "nano": (128, 6, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+VIT_PATCHES = {"nano": (8, 16), "tiny": (8, 16), "small": (16,), "base": (16,), "large": (16,), "huge": (14,)}
+
+VIT_MODELS = {
+    f"vit_{size}_patch{patch}": partial(
+        VisionTransformer, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads
+    )
+    for size, (dim, depth, heads) in VIT_SIZES.items()
+    for patch in VIT_PATCHES[size]
+}
+
+
+def build_vit(name: str, **options) -> VisionTransformer:
+    """A freshly initialised backbone by its official name; UserError for an unknown one."""
+    if name not in VIT_MODELS:
+        raise UserError(f"unknown model {name!r}: choose from {', '.join(VIT_MODELS)}")
+    return VIT_MODELS[name](**options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models_mae import MAE_MODELS, build_mae, load_mae, load_pretrained, model_name
+from models_mae import MAE_MODELS, build_mae, load_mae, load_mae_weights, model_name
 from models_vit import patchify, unpatchify
 from util.data.augment import normalize
 from util.mae.masking import random_mask, visible_count
@@ -168,7 +168,7 @@ def test_non_square_checkpoints_resample_their_true_grid(tmp_path):
     wide = build_mae("mae_vit_nano_patch8", (16, 64))
     spec = checkpoint(tmp_path, wide.state_dict(), model="mae_vit_nano_patch8", input_size=[16, 64])
     target = build_mae("mae_vit_nano_patch8", (16, 32))
-    load_pretrained(target, load_weights(spec))
+    load_mae_weights(target, load_weights(spec))
     assert torch.equal(target.pos_embed, resample_pos_embed(wide.pos_embed, (2, 8), (2, 4)))
 
 
@@ -177,7 +177,7 @@ def test_an_encoder_without_decoder_keeps_the_fresh_one(model, tmp_path):
     weights = load_weights(checkpoint(tmp_path, encoder))
     target = build_mae("mae_vit_nano_patch8", 32)
     before = target.decoder_pred.weight.clone()
-    missing = load_pretrained(target, weights)
+    missing = load_mae_weights(target, weights)
     assert "decoder_pred.weight" in missing and all(n.startswith(("decoder", "mask_token")) for n in missing)
     assert torch.equal(target.decoder_pred.weight, before)
     assert torch.equal(target.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight + 1)
@@ -189,13 +189,13 @@ def test_an_encoder_without_decoder_keeps_the_fresh_one(model, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(model, tmp_path, name):
     weights = load_weights(checkpoint(tmp_path, model.state_dict()))
     with pytest.raises(UserError, match="another model"):
-        load_pretrained(build_mae(name, 32), weights)
+        load_mae_weights(build_mae(name, 32), weights)
 
 
 def test_a_shallower_or_deeper_checkpoint_is_refused(model, tmp_path):
     lacking = {n: v for n, v in model.state_dict().items() if not n.startswith("blocks.5.")}
     with pytest.raises(UserError, match=r"lacks blocks\.5"):
-        load_pretrained(build_mae("mae_vit_nano_patch8", 32), load_weights(checkpoint(tmp_path, lacking)))
+        load_mae_weights(build_mae("mae_vit_nano_patch8", 32), load_weights(checkpoint(tmp_path, lacking)))
     deeper = model.state_dict() | {"blocks.6.norm1.weight": torch.ones(128)}
     with pytest.raises(UserError, match="deeper"):
-        load_pretrained(build_mae("mae_vit_nano_patch8", 32), load_weights(checkpoint(tmp_path, deeper)))
+        load_mae_weights(build_mae("mae_vit_nano_patch8", 32), load_weights(checkpoint(tmp_path, deeper)))

@@ -66,6 +66,31 @@ class TrainCrop:
     def __call__(self, image: Image.Image, record: dict, rng: np.random.Generator) -> torch.Tensor:
         return self.draw(image, record, rng).apply(image, self.size)
 
+    def __repr__(self) -> str:
+        return f"TrainCrop(size={self.size}, scale={self.scale}, ratio={self.ratio}, flip={self.flip})"
+
+
+class TrainView:
+    """A random crop, then mild colour jitter and erasing: `(image, record, rng) -> uint8 (3, H, W)`.
+
+    crop: TrainCrop. jitter: strength 0..1; brightness, contrast and saturation are scaled by 1 - jitter to 1 + jitter
+    (never the hue: hair and eye colours are who a character is). erase: share of pictures, 0..1, with a box of noise.
+    """
+
+    def __init__(self, crop: TrainCrop, jitter: float = 0.0, erase: float = 0.0):
+        self.crop, self.jitter, self.erase = crop, jitter, erase
+
+    def __call__(self, image: Image.Image, record: dict, rng: np.random.Generator) -> torch.Tensor:
+        pixels = self.crop(image, record, rng)
+        if self.jitter:
+            pixels = color_jitter(pixels, self.jitter, rng)
+        if self.erase and rng.random() < self.erase:
+            pixels = random_erase(pixels, rng)
+        return pixels
+
+    def __repr__(self) -> str:
+        return f"TrainView({self.crop!r}, jitter={self.jitter}, erase={self.erase})"
+
 
 class EvalCrop:
     """The smart crop, the same at every call: `(image, record) -> uint8 (3, H, W)`. size: (H, W), px."""
@@ -79,6 +104,28 @@ class EvalCrop:
 
     def __call__(self, image: Image.Image, record: dict, rng: np.random.Generator | None = None) -> torch.Tensor:
         return self.draw(image, record).apply(image, self.size)
+
+    def __repr__(self) -> str:
+        return f"EvalCrop(size={self.size})"
+
+
+def color_jitter(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    """Scale brightness, contrast and saturation of uint8 (3, H, W), each by a factor in 1 +- strength."""
+    from torchvision.transforms.v2 import functional as transforms  # slow to import
+
+    for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
+        pixels = adjust(pixels, rng.uniform(1 - strength, 1 + strength))
+    return pixels
+
+
+def random_erase(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Fill a random box of uint8 (3, H, W), 2 to 33 % of the area, with noise (arXiv 1708.04896)."""
+    height, width = pixels.shape[1:]
+    x1, y1, x2, y2 = random_resized_box(width, height, (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
+    noise = rng.integers(0, 256, (3, y2 - y1, x2 - x1), dtype=np.uint8)
+    pixels = pixels.clone()
+    pixels[:, y1:y2, x1:x2] = torch.from_numpy(noise)
+    return pixels
 
 
 def random_resized_box(

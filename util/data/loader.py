@@ -27,10 +27,13 @@ _GRACE_S = 60  # a worker told to terminate goes on for so long, while the main 
 
 
 class Samples(Dataset):
-    """(epoch, index) -> one augmented sample. transform: (PIL image, record, rng) -> uint8 (3, H, W)."""
+    """(epoch, index) -> one augmented sample.
 
-    def __init__(self, source, transform: Callable, seed: int):
-        self.source, self.transform, self.seed = source, transform, seed
+    transform: (PIL image, record, rng) -> uint8 (3, H, W). classes: identity -> class number, for labels.
+    """
+
+    def __init__(self, source, transform: Callable, seed: int, classes: dict[str, int] | None = None):
+        self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,15 +53,20 @@ class Samples(Dataset):
             raise UserError(f"{_MAX_HOPS} images in a row cannot be read, the last: {bad[-1][1]} ({bad[-1][2]})")
         record = self.source.record(place)
         pixels = self.transform(image, record, rng_for(self.seed, epoch, index, "augment"))
-        return {"image": pixels, "epoch": epoch, "index": index, "bad": bad}
+        sample = {"image": pixels, "epoch": epoch, "index": index, "bad": bad}
+        return sample if self.classes is None else {**sample, "label": self.classes[record["identity"]]}
 
 
 def collate(samples: list[dict]) -> dict:
-    """{"image": uint8 (N, 3, H, W), "index": int64 (N,), "epoch": int, "bad": [(index, path, reason), ...]}"""
+    """{"image": uint8 (N, 3, H, W), "index": int64 (N,), "epoch": int, "bad": [(index, path, reason), ...]}
+
+    and "label": int64 (N,), where the samples have one.
+    """
+    numbers = [name for name in ("index", "label") if name in samples[0]]
     return {
         "epoch": samples[0]["epoch"],
         "image": torch.stack([sample["image"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+        **{name: torch.tensor([sample[name] for sample in samples], dtype=torch.int64) for name in numbers},
         "bad": [bad for sample in samples for bad in sample["bad"]],
     }
 
@@ -101,12 +109,12 @@ class StepSampler:
 class TrainLoader:
     """Training batches of a source: `loader.enter(epoch, step)` gives an iterator from that step on."""
 
-    def __init__(self, source, transform, *, batch_size, accum_iter, seed, world, num_workers, device):
+    def __init__(self, source, transform, *, batch_size, accum_iter, seed, world, num_workers, device, classes=None):
         self.images, self.fingerprint = len(source), source.fingerprint
         self._sampler = StepSampler(len(source), batch_size, accum_iter, seed, world)
         self.steps, self.step_images = self._sampler.steps, self._sampler.step_images
         self._loader = DataLoader(
-            Samples(source, transform, seed),
+            Samples(source, transform, seed, classes),
             batch_sampler=self._sampler,
             collate_fn=collate,
             persistent_workers=num_workers > 0,
@@ -187,9 +195,9 @@ class StreamLoader:
         _end_workers(self._batches)
 
 
-def open_loader(args, transform: Callable, world: World, device: torch.device) -> TrainLoader | StreamLoader:
-    """The training batches that the flags of `add_data_args` describe."""
-    options = {
+def loader_options(args, world: World, device: torch.device) -> dict:
+    """What the flags say of any loader."""
+    return {
         "batch_size": args.batch_size,
         "accum_iter": args.accum_iter,
         "seed": args.seed,
@@ -197,6 +205,11 @@ def open_loader(args, transform: Callable, world: World, device: torch.device) -
         "num_workers": args.num_workers,
         "device": device,
     }
+
+
+def open_loader(args, transform: Callable, world: World, device: torch.device) -> TrainLoader | StreamLoader:
+    """The training batches that the flags of `add_data_args` describe."""
+    options = loader_options(args, world, device)
     if not args.streaming:
         source = open_source(args.data_path, "train", labels=args.labels, val_fraction=args.val_fraction)
         return TrainLoader(source, transform, **options)
@@ -215,6 +228,27 @@ def held_out(args) -> Iterator[tuple[dict, Callable]]:
     # shuffled: the first images of a folder are often of one character
     order = rng_for(args.seed, "held out").permutation(len(source)).tolist()
     return ((source.record(index), partial(source.load, index)) for index in order)
+
+
+def in_order(
+    source, transform: Callable, *, batch_size, num_workers, device, seed=0, view=0, rows=None, classes=None
+) -> Iterator[dict]:
+    """Batches of all samples in their order, or of `rows`; the last may be smaller. view: stands for the epoch."""
+    rows = range(len(source)) if rows is None else rows
+    keys = [(view, int(row)) for row in rows]
+    batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+    samples = Samples(source, transform, seed, classes)
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=collate, **worker_options(num_workers, device))
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        _end_workers(batches)
+
+
+def readable(batch: dict) -> torch.Tensor:
+    """Which samples of a batch show their own picture (N,) bool, not the one put in the place of a damaged one."""
+    return ~torch.isin(batch["index"].cpu(), torch.tensor([place for place, *_ in batch["bad"]], dtype=torch.int64))
 
 
 def worker_options(num_workers: int, device: torch.device) -> dict:

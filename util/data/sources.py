@@ -40,6 +40,10 @@ class Source(Protocol):
         """What is known of sample `i`: a value or None for each column of the manifest."""
         ...
 
+    def column(self, name: str) -> list:
+        """One column of the manifest for all samples, None where the value is not known."""
+        ...
+
     def load(self, i: int) -> Image.Image:
         """The picture of sample `i`, RGB. Raises BadImage where it cannot be decoded."""
         ...
@@ -59,9 +63,38 @@ class FolderSource:
         """Row `i` of the manifest."""
         return self.manifest.row(i)
 
+    def column(self, name: str) -> list:
+        """One column of the manifest, in row order."""
+        return self.manifest.table.column(name).to_pylist()
+
     def load(self, i: int) -> Image.Image:
         """The picture of row `i`, RGB. Raises BadImage where it cannot be decoded."""
         return decode_image(self.manifest.path(i))
+
+
+class Subset:
+    """Some samples of a source. chosen: (n,) their numbers there, in the order they get here."""
+
+    def __init__(self, source: Source, chosen: np.ndarray):
+        self.source, self.chosen, self.name = source, np.asarray(chosen, dtype=np.int64), source.name
+        digest = hashlib.blake2b(source.fingerprint.encode() + self.chosen.tobytes(), digest_size=8)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def record(self, i: int) -> dict:
+        """The record of the sample."""
+        return self.source.record(int(self.chosen[i]))
+
+    def column(self, name: str) -> list:
+        """One column of the manifest for the chosen samples."""
+        values = self.source.column(name)
+        return [values[i] for i in self.chosen]
+
+    def load(self, i: int) -> Image.Image:
+        """The picture of the sample."""
+        return self.source.load(int(self.chosen[i]))
 
 
 def open_source(data_path: str | Path, role: str, *, labels: str = "auto", val_fraction: float = 0.1) -> Source:

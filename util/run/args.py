@@ -65,8 +65,10 @@ def height_width(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def add_data_args(parser: argparse.ArgumentParser, *, input_size: int = 224, batch_size: int = 64) -> None:
-    """Where the pictures come from and how they are read."""
+def add_data_args(
+    parser: argparse.ArgumentParser, *, input_size: int = 224, batch_size: int = 64, streams: bool = True
+) -> None:
+    """Where the pictures come from and how they are read. streams: whether the script can read a stream."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_path",
@@ -86,10 +88,11 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int = 224, bat
         default=0.1,
         help="share of the samples held out where the data has no split of its own, fraction in 0..1",
     )
-    group.add_argument(
-        "--streaming", action="store_true", help="read a Hugging Face data set shard by shard, without storing it"
-    )
-    group.add_argument("--epoch_images", type=count, default=None, help="images that count as an epoch of a stream")
+    if streams:
+        group.add_argument(
+            "--streaming", action="store_true", help="read a Hugging Face data set shard by shard, without storing it"
+        )
+        group.add_argument("--epoch_images", type=count, default=None, help="images that count as an epoch of a stream")
     group.add_argument("--input_size", type=image_size, default=input_size, help="px, a side or HEIGHTxWIDTH")
     group.add_argument("--batch_size", type=count, default=batch_size, help="images per process and step")
     group.add_argument(
@@ -104,16 +107,28 @@ def add_data_args(parser: argparse.ArgumentParser, *, input_size: int = 224, bat
 
 
 def add_optim_args(
-    parser: argparse.ArgumentParser, *, blr: float | None, epochs: int, warmup_epochs: float, weight_decay: float
+    parser: argparse.ArgumentParser,
+    *,
+    epochs: int,
+    warmup_epochs: float,
+    weight_decay: float,
+    blr: float | None = None,
+    lr: float | None = None,
+    min_lr: float = 0.0,
 ) -> None:
-    """The optimizer and its schedule."""
+    """The optimizer and its schedule. blr or lr: the script's own rate, relative to the batch or absolute."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=count, default=epochs, help="passes over the training set")
     group.add_argument("--max_steps", type=count, default=None, help="end this process after N optimizer steps")
     group.add_argument("--accum_iter", type=count, default=1, help="batches whose gradients are added up per step")
-    group.add_argument("--lr", type=rate, default=None, help="learning rate, absolute; default: from --blr")
-    group.add_argument("--blr", type=rate, default=blr, help="learning rate per 256 images of the effective batch")
-    group.add_argument("--min_lr", type=rate, default=0.0, help="learning rate that the cosine ends at, absolute")
+    group.add_argument("--lr", type=positive, default=lr, help="learning rate, absolute; in place of --blr")
+    group.add_argument(
+        "--blr",
+        type=positive,
+        default=blr,
+        help="learning rate per 256 images of the effective batch; in place of --lr",
+    )
+    group.add_argument("--min_lr", type=rate, default=min_lr, help="learning rate that the cosine ends at, absolute")
     group.add_argument("--warmup_epochs", type=rate, default=warmup_epochs, help="epochs of linear warm-up")
     group.add_argument(
         "--weight_decay", type=rate, default=weight_decay, help="decay of matrices; biases and norms have none"

@@ -26,6 +26,8 @@ class Progress:
     sums: list[dict[str, float]] = field(default_factory=list)  # of this epoch's scalars so far, for each process
     best: float | None = None  # the best evaluation figure, lower is better
     val: dict[str, float] | None = None  # the last evaluation
+    best_val: dict[str, float] | None = None  # the best one
+    best_epoch: int | None = None  # epochs done when it was made
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -53,6 +55,11 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is damaged or no checkpoint: restore it, or name another file") from error
 
 
+def select(state: dict, saved: Callable[[str], bool] | None) -> dict:
+    """The part of a state dict whose names `saved` accepts; all of it for None."""
+    return state if saved is None else {name: value for name, value in state.items() if saved(name)}
+
+
 def plain_args(args: argparse.Namespace) -> dict:
     """The flags of a run as plain types."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -73,18 +80,25 @@ def restore(
     args: dict,
     loader,
     say: Callable[[str], None],
+    saved: Callable[[str], bool] | None = None,
+    notes: dict | None = None,
 ) -> Progress:
     """Put a run back to where its checkpoint stands, and say which flags have changed since.
 
     loader: util.data.loader.TrainLoader or StreamLoader; its images per optimizer step must be what they were, and
-    inside an epoch its data too. UserError otherwise, and for a checkpoint of another model or without an optimizer.
+    inside an epoch its data too. saved, notes: as in util.training.loop.Setup; the notes must be what they were.
+    UserError otherwise, and for a checkpoint of another model or without an optimizer.
     """
     checkpoint = read_checkpoint(path)
     if not {"model", "optimizer", "progress"} <= checkpoint.keys():
         raise UserError(f"{path} holds weights but no run to go on with: start from it with --init")
+    for name, value in (notes or {}).items():
+        if checkpoint.get(name) != value:
+            raise UserError(f"{path} was made with other {name}: resume with the data and flags it was made with")
     configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        model.load_state_dict(checkpoint["model"])
+        others = select(model.state_dict(), lambda name: saved is not None and not saved(name))
+        model.load_state_dict({**others, **checkpoint["model"]})
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()

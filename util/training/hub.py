@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -65,11 +65,20 @@ class Weights:
     kind: str
 
 
-def load_weights(spec: str) -> Weights:
-    """The weights that `spec` names (grammar above); UserError if they are missing, damaged or of another kind."""
+def load_weights(spec: str, *, official_names: bool = True) -> Weights:
+    """The weights that `spec` names (grammar above); UserError if they are missing, damaged or of another kind.
+
+    official_names: bring them to the official MAE names; False leaves them as they are, for other networks.
+    """
     scheme, colon, rest = str(spec).partition(":")
-    loader = {"hf": _from_hub, "timm": _from_timm, "official": _from_release}.get(scheme)
-    return loader(rest) if colon and loader else _from_path(Path(spec))
+    loader = {"hf": _from_hub, "timm": _from_timm, "official": _from_release}.get(scheme) if colon else None
+    weights = loader(rest) if loader else _from_path(Path(spec))
+    if not official_names:
+        return weights
+    try:
+        return replace(weights, state=to_official(weights.state))
+    except ValueError as error:
+        raise UserError(f"{weights.source} holds no encoder of a masked autoencoder: {error}") from error
 
 
 def _from_path(path: Path) -> Weights:
@@ -86,11 +95,7 @@ def _from_path(path: Path) -> Weights:
 def _from_file(path: Path, kind: str, source: str | None = None) -> Weights:
     source = source or str(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    state = _tensors_of(content, source)
-    try:
-        state = to_official(_without_wrappers(state))
-    except ValueError as error:
-        raise UserError(f"{source} holds no weights of a masked autoencoder: {error}") from error
+    state = _without_wrappers(_tensors_of(content, source))
     return Weights(state, _args_of(content, path), source, kind)
 
 
@@ -227,10 +232,7 @@ def _from_timm(name: str) -> Weights:
         model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=file)
     except RuntimeError as error:
         raise UserError(f"timm:{name} cannot be loaded ({_reason(error)}): see timm.list_pretrained()") from error
-    try:
-        return Weights(to_official(model.state_dict()), {}, f"timm:{name}", "timm")
-    except ValueError as error:
-        raise UserError(f"timm:{name} is no plain vision transformer: {error}") from error
+    return Weights(model.state_dict(), {}, f"timm:{name}", "timm")
 
 
 def _from_release(name: str) -> Weights:

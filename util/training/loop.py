@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from util.run.dist import World
 from util.run.errors import UserError
 from util.run.log import RunFolder
 from util.run.seed import torch_seed
-from util.training.checkpoint import Progress, plain_args, save_checkpoint
+from util.training.checkpoint import Progress, plain_args, save_checkpoint, select
 from util.training.faults import BadImages, NonFiniteGuard, Signals, Stopped
 from util.training.optim import WarmupCosine
 
@@ -47,6 +47,16 @@ class Setup:
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None  # (model, epochs done), main process only
     stage: Callable[[int], list[str]] | None = None  # progressive unfreezing; see util.training.optim
     best_of: tuple[str, str] = ("loss", "min")  # the evaluation figure that makes a checkpoint the best
+    patience: int | None = None  # epochs without a better figure after which the run is over
+    saved: Callable[[str], bool] | None = None  # which names of the state dict checkpoints hold; all by default
+    best_state: Callable[[], dict] | None = None  # the state dict of checkpoint-best.pth; by default as in the last
+    notes: dict = field(default_factory=dict)  # plain facts that go into checkpoints, beside the weights
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether the last epoch is done, or `patience` epochs brought nothing better."""
+        judged = self.patience is not None and progress.best_epoch is not None and progress.step == 0
+        stale = judged and progress.epoch - progress.best_epoch >= self.patience
+        return stale or progress.epoch >= self.args.epochs
 
 
 def train(setup: Setup, progress_state: Progress) -> dict:
@@ -75,14 +85,14 @@ class _Trainer:
 
     def run(self) -> dict:
         with Signals() as self.signals, closing(self.setup.loader):
-            while self.state.epoch < self.args.epochs and not self._reached_max_steps():
+            while not self._is_over() and not self._reached_max_steps():
                 self._prepare_epoch()
                 finished = self._run_epoch()
                 if finished:
                     self._end_epoch()
                 else:
                     self._save()
-                if self.state.epoch < self.args.epochs:
+                if not self._is_over():
                     self._agree()  # a signal may have come to one process during the evaluation
                     if self.stop_signal:
                         self._stop()
@@ -226,6 +236,9 @@ class _Trainer:
             f"{start} with a lower --lr, --clip_grad 1 or --precision fp32"
         )
 
+    def _is_over(self) -> bool:
+        return self.setup.is_over(self.state)
+
     def _reached_max_steps(self) -> bool:
         return self.args.max_steps is not None and self.steps_here >= self.args.max_steps
 
@@ -255,7 +268,7 @@ class _Trainer:
         setup, state = self.setup, self.state
         if state.epoch % self.args.eval_every and state.epoch != self.args.epochs:
             return False
-        better = False
+        better = diverged = False
         if setup.evaluate:  # on the main process only
             setup.model.eval()
             state.val = setup.evaluate(setup.model, state.epoch)
@@ -263,12 +276,16 @@ class _Trainer:
             setup.run.scalars({f"val/{name}": value for name, value in state.val.items()}, state.global_step)
             figure, aim = setup.best_of
             value = state.val[figure] * (1 if aim == "min" else -1)
+            diverged = not math.isfinite(value)
             better = state.best is None or value < state.best
             if better:
-                state.best = value
-        diverged = setup.evaluate is not None and not math.isfinite(state.val[setup.best_of[0]])
-        if self.world.all_reduce(torch.tensor(float(diverged), device=self.device), "max"):
+                state.best, state.best_val = value, state.val
+        found = torch.tensor([diverged, better], dtype=torch.float32, device=self.device)
+        diverged, better = (bool(value) for value in self.world.all_reduce(found, "max").tolist())
+        if diverged:
             self._diverged(state.global_step)
+        if better:
+            state.best_epoch = state.epoch
         return better
 
     def _save(self, best: bool = False) -> None:
@@ -283,7 +300,8 @@ class _Trainer:
         if not self.world.is_main:
             return
         checkpoint = {
-            "model": setup.model.state_dict(),
+            **setup.notes,
+            "model": select(setup.model.state_dict(), setup.saved),
             "optimizer": setup.optimizer.state_dict(),
             "scaler": setup.scaler.state_dict(),
             "epoch": self.state.epoch - 1,  # the last finished one, as in the official layout
@@ -291,7 +309,10 @@ class _Trainer:
             "progress": asdict(self.state) | {"sums": sums},
         }
         if best:  # first: a kill between the two then repeats the epoch, and the best is not lost
-            save_checkpoint(setup.run.best, {key: checkpoint[key] for key in ("model", "epoch", "args", "progress")})
+            kept = {key: value for key, value in checkpoint.items() if key not in ("optimizer", "scaler")}
+            if setup.best_state:
+                kept["model"] = setup.best_state()
+            save_checkpoint(setup.run.best, kept)
         save_checkpoint(setup.run.last, checkpoint)
 
     def _summary(self) -> dict:
@@ -307,9 +328,11 @@ class _Trainer:
             "steps": self.state.global_step,
             "images_seen": images,
             "train_seconds": self.state.seconds,
-            "finished": self.state.epoch >= self.args.epochs,
+            "finished": self._is_over(),
             "bad_images": len(self.bad),
             "val": self.state.val,
+            "best_epoch": self.state.best_epoch,
+            "best_val": self.state.best_val,
         }
 
 

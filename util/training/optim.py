@@ -23,6 +23,35 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
     ]
 
 
+def transfer_groups(
+    model: nn.Module, weight_decay: float, *, head_scale: float = 1.0, layer_decay: float = 1.0
+) -> list[dict]:
+    """Parameter groups of a backbone with a `head`: the trainable ones, each with a factor "lr_scale" of the rate.
+
+    head_scale: factor of the head. layer_decay: factor from a layer to the one below (arXiv 2106.08254, section 3.1):
+    1 above the blocks, layer_decay for the last block, ..., layer_decay ** (depth + 1) for the embedding; it needs a
+    model with `blocks`. Biases, norms, tokens and position embeddings do not decay.
+    """
+    depth = len(getattr(model, "blocks", ()))
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = head_scale if name.startswith("head.") else layer_decay ** (depth + 1 - _layer_of(name, depth))
+        decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
+        key = scale, weight_decay if decays else 0.0
+        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": key[1]})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_of(name: str, depth: int) -> int:
+    """0 for the embedding, 1 ... depth for the blocks, depth + 1 for what comes after them."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 0 if name.startswith(("patch_embed", "cls_token", "pos_embed")) else depth + 1
+
+
 def make_optimizer(
     groups: list[dict], lr: float, device: torch.device, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:

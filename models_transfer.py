@@ -1,0 +1,105 @@
+"""Backbones by name and start weights, for the transfer scripts; and their checkpoints back into models.
+
+What a transfer run trains is what its checkpoint holds: everything after full fine-tuning, adapters and head after
+LoRA, the head alone after a linear probe. The rest is made again from the flags in the checkpoint, and checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models_baseline import TimmBackbone
+from models_vit import VIT_MODELS, Backbone, build_vit
+from util.run.args import height_width
+from util.run.errors import UserError
+from util.training.checkpoint import read_checkpoint
+from util.training.hub import load_weights
+from util.training.pretrained import fingerprint_of, load_pretrained
+from util.transfer.heads import build_head
+from util.transfer.lora import LoRAConfig, add_lora, load_lora
+
+MODEL_NAMES = f"{', '.join(VIT_MODELS)}, or timm:NAME"
+
+
+def start_backbone(args: dict, say: Callable[[str], None] = lambda line: None) -> Backbone:
+    """The backbone that flags describe, with its start weights: those of --init, else random ones from --seed.
+
+    args: "model", "init", "input_size" (px), "global_pool", "seed" and optionally "drop_path".
+    """
+    torch.manual_seed(args["seed"])
+    size, name, drop_path = height_width(args["input_size"]), args["model"], args.get("drop_path") or 0.0
+    is_timm = name.startswith("timm:")
+    if is_timm:
+        model = TimmBackbone(name.removeprefix("timm:"), size, drop_path)
+    else:
+        model = build_vit(name, img_size=size, global_pool=args["global_pool"], drop_path=drop_path)
+    if not args["init"]:
+        say("weights: random (no --init)")
+        return model
+    weights = load_weights(args["init"], official_names=not is_timm)
+    if is_timm:
+        model.load(weights)
+        missing = []
+    else:
+        missing = load_pretrained(model, weights, optional=("norm.", "fc_norm."))
+    fresh = sorted({name.split(".")[0] for name in missing})
+    say(f"weights: {weights.source}" + (f"; it has no {', '.join(fresh)}: fresh" if fresh else ""))
+    return model
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """A model that a transfer script has trained, ready to embed and to classify.
+
+    classes: the identities its head knows, in the order of its scores. args: the flags it was trained with.
+    lora: its adapters' shape, None without adapters.
+    """
+
+    model: Backbone
+    classes: tuple[str, ...]
+    args: dict
+    lora: LoRAConfig | None
+
+
+def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Transferred:
+    """Read a checkpoint of main_linprobe.py, main_lora.py or main_finetune.py.
+
+    Adapters are left beside the weights they adapt (util.transfer.lora.merge_lora puts them in). UserError for another
+    kind of checkpoint, and where the start weights are no longer what the run began with.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    if not {"model", "classes", "args"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of a transfer run: give checkpoint-best.pth of one")
+    args, state, classes = checkpoint["args"], checkpoint["model"], tuple(checkpoint["classes"])
+    on_base = "base" in checkpoint
+    model = start_backbone(args if on_base else {**args, "init": None})
+    if on_base and fingerprint_of(model.state_dict()) != checkpoint["base"]:
+        raise UserError(
+            f"{path} was trained on other start weights than {args['init'] or 'the random ones made here'}: "
+            "put back the file that --init named then"
+        )
+    config = LoRAConfig(**checkpoint["lora"]) if "lora" in checkpoint else None
+    if config:
+        add_lora(model, config)
+        load_lora(model, {name: value for name, value in state.items() if "lora_" in name}, str(path))
+    attach_head(model, args, len(classes))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    unmet = [name for name in missing if not on_base or name.startswith("head.")]
+    if unmet or unexpected:
+        raise UserError(f"{path} does not fit its own flags: {(unmet + unexpected)[0]} is the first misfit")
+    return Transferred(model.to(device).eval(), classes, args, config)
+
+
+def attach_head(model: Backbone, args: dict, classes: int) -> None:
+    """Put a fresh head for a number of classes on a backbone, as the flags describe it."""
+    torch.manual_seed(args["seed"])
+    model.head = build_head(
+        args["head"],
+        model.embed_dim,
+        classes,
+        batch_norm=bool(args.get("head_norm")),
+        scale=args.get("scale"),
+        margin=args.get("margin"),
+    )

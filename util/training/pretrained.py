@@ -1,0 +1,75 @@
+"""Put weights from elsewhere into a model that is already built."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from util.mae.pos_embed import resample_pos_embed, square_grid
+from util.run.errors import UserError
+from util.training.hub import Weights
+
+
+def load_pretrained(model: nn.Module, weights: Weights, optional: tuple[str, ...]) -> list[str]:
+    """Load weights into a vision transformer; returns the names that they lack and that keep their fresh values.
+
+    model: has `grid` (rows, columns) and `patch_size` (px). optional: how names may begin that can be lacking.
+    Position embeddings are re-sampled to the model's grid. Weights without an encoder, of another architecture,
+    or without a part that is not optional are a UserError.
+    """
+    own = model.state_dict()
+    state = {name: value for name, value in weights.state.items() if name in own}
+    if "patch_embed.proj.weight" not in state:
+        raise UserError(f"{weights.source} holds no encoder: it has no patch_embed.proj.weight; choose other weights")
+    if "pos_embed" in state:
+        old = grid_of_weights(weights, model.patch_size)
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if name in state and state[name].shape == (1, 1 + old[0] * old[1], own[name].shape[-1]):
+                state[name] = resample_pos_embed(state[name], old, model.grid)
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"{weights.source} is a checkpoint of another model: {name} is {tuple(value.shape)}, "
+                f"this model needs {tuple(own[name].shape)}; choose the matching --model"
+            )
+    missing = [name for name in own if name not in state]
+    lost = [name for name in missing if not name.startswith(optional)]
+    if lost:
+        raise UserError(f"{weights.source} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder")
+    stacks = {f"{name.split('.')[0]}." for name in own if name.startswith(("blocks.", "decoder_blocks."))}
+    extra = [name for name in weights.state if name not in own and name.startswith(tuple(stacks))]
+    if extra:
+        raise UserError(f"{weights.source} is a checkpoint of a deeper model (it holds {extra[0]}); choose its --model")
+    model.load_state_dict({**{name: own[name] for name in missing}, **state})
+    return missing
+
+
+def count_blocks(state: dict[str, torch.Tensor], prefix: str) -> int:
+    """The number of transformer blocks under a prefix such as "blocks"."""
+    return len({name.split(".")[1] for name in state if name.startswith(prefix + ".")})
+
+
+def grid_of_weights(weights: Weights, patch_size: int) -> tuple[int, int]:
+    """The (rows, columns) of patches that weights were trained on; UserError where nothing tells."""
+    if "pos_embed" not in weights.state:
+        raise UserError(f"{weights.source} lacks pos_embed: it is no checkpoint of a masked autoencoder")
+    size = weights.args.get("input_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        grid = height // patch_size, width // patch_size
+        if 1 + grid[0] * grid[1] == weights.state["pos_embed"].shape[1]:
+            return grid
+    try:
+        return square_grid(weights.state["pos_embed"].shape[1] - 1)
+    except ValueError as error:
+        raise UserError(f"{weights.source}: {error}") from error
+
+
+def fingerprint_of(state: dict[str, torch.Tensor]) -> str:
+    """16 hex digits that change with any name, shape, type or bit of a state dict."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\0".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""What every training script does around its recipe: processes and run folder before, resuming and results after."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from util.run.device import grad_scaler, pick_device, pick_precision
+from util.run.dist import World, join, leave, read_world
+from util.run.log import RunFolder, provenance
+from util.training.checkpoint import Progress, plain_args, restore
+from util.training.faults import Stopped
+from util.training.loop import Setup, train
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a run takes place. resume_from: the checkpoint it goes on from, None for a fresh run."""
+
+    args: argparse.Namespace
+    world: World
+    device: torch.device
+    run: RunFolder
+    resume_from: Path | None
+
+
+@contextmanager
+def session(args: argparse.Namespace) -> Iterator[Session]:
+    """Join the other processes and open the run folder; take both down at the end.
+
+    A run that a signal stopped, and that is saved, ends the process with status 128 + the signal.
+    """
+    world = read_world()
+    device = pick_device(args.device, world.local_rank)
+    join(world, device)
+    run = RunFolder(args.output_dir, is_main=world.is_main, log_dir=args.log_dir)
+    try:
+        yield Session(args, world, device, run, run.checkpoint_to_resume(args.resume))
+    except Stopped as stop:
+        sys.exit(stop.exit_status)
+    finally:
+        run.close()
+        leave()
+
+
+def fit(here: Session, headline: str, **parts) -> dict | None:
+    """Go on from the checkpoint if there is one, then train to the end of the run.
+
+    headline: what the run is, for the person watching. parts: the fields of `Setup` that the script has built.
+    Returns what results.json should say, or None for a run that was finished before.
+    """
+    args, run = here.args, here.run
+    precision = pick_precision(args.precision, here.device)
+    scaler = grad_scaler(here.device, precision)
+    setup = Setup(args=args, world=here.world, device=here.device, precision=precision, scaler=scaler, run=run, **parts)
+    progress = Progress()
+    if here.resume_from:
+        progress = restore(
+            here.resume_from, setup.model, setup.optimizer, scaler, plain_args(args), setup.loader, run.say,
+            saved=setup.saved, notes=setup.notes,
+        )  # fmt: skip
+    if run.is_finished() and progress.global_step and setup.is_over(progress):
+        run.say(f"{run.path} is finished: {progress.epoch} epochs are done")
+        return None
+    run.start(plain_args(args), progress.epoch, progress.global_step)
+    loader = setup.loader
+    run.say(
+        f"{headline} on {here.device} ({precision}), {loader.images} images, "
+        f"{loader.steps} steps of {loader.step_images} images per epoch"
+    )
+    results = train(setup, progress)
+    return {**results, **provenance(plain_args(args), here.device, loader.fingerprint)}

@@ -1,0 +1,1 @@
+"""Transfer: heads, LoRA, features, the shared recipe."""
