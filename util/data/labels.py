@@ -51,7 +51,7 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
         known = np.array([name is not None for name in source.column("identity")], dtype=bool)
         if not known.any():
             raise UserError(
-                f"{args.data_path} has no labels for {role!r}: give class folders, or an identity column in its metadata"
+                f"{args.data_path} has no labels for {role!r}: give class folders, or metadata with identities"
             )
         if known.all():
             return source
