@@ -63,7 +63,7 @@ def adapt(args, here: Session) -> None:
     trainable, total = count_parameters(model)
     head = sum(parameter.numel() for parameter in model.head.parameters())
     here.run.say(
-        f"{trainable:,} of {total:,} parameters are trainable ({trainable - head:,} in adapters, {head:,} in the head), "
+        f"{trainable:,} of {total:,} parameters are trainable: {trainable - head:,} in adapters, {head:,} in the head, "
         f"{1 - trainable / (full + head):.1%} fewer than in full fine-tuning"
     )
     transfer(

@@ -3,7 +3,8 @@
 #
 #   bash scripts/data_efficiency.sh DATA INIT [OUT] [-- flags for all three scripts]
 #
-#   DATA   prepared or class folders, or hf:OWNER/NAME      INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
+#   DATA   prepared or class folders, or hf:OWNER/NAME
+#   INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
 #   OUT    folder for the runs, results.md, .csv and .png, default: runs/data_efficiency
 #
 # By environment variable:

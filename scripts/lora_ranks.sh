@@ -3,7 +3,8 @@
 #
 #   bash scripts/lora_ranks.sh DATA INIT [OUT] [-- flags for main_lora.py]
 #
-#   DATA   prepared or class folders, or hf:OWNER/NAME      INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
+#   DATA   prepared or class folders, or hf:OWNER/NAME
+#   INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
 #   OUT    folder for the runs, results.md, .csv and .png, default: runs/lora_ranks
 #
 # By environment variable:

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Which recipe fine-tunes best? Learning rate x augmentation x schedule of main_finetune.py, judged on validation images.
+# Which recipe fine-tunes best? Learning rate x augmentation x schedule of main_finetune.py, by validation top-1.
 #
 #   bash scripts/sweep.sh DATA INIT [OUT] [-- flags for main_finetune.py]
 #
-#   DATA   prepared or class folders, or hf:OWNER/NAME      INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
+#   DATA   prepared or class folders, or hf:OWNER/NAME
+#   INIT   pre-trained weights, such as runs/mae/checkpoint-last.pth
 #   OUT    folder for the runs, results.md, .csv and .png, default: runs/sweep
 #
 # By environment variable:
 #   MODEL      default vit_base_patch16        SEEDS    default 0,1,2: 24 recipes x 3 seeds; SEEDS=0 for a first look
-#   LRS        default 5e-5,1e-4,5e-4          CROPS    --min_crop, default 0.2,0.5        JITTERS  --color_jitter, default 0,0.4
-#   SCHEDULES  epochs/warm-up epochs, default 20/2,50/5
+#   LRS        default 5e-5,1e-4,5e-4          SCHEDULES  epochs/warm-up epochs, default 20/2,50/5
+#   CROPS      --min_crop, default 0.2,0.5     JITTERS    --color_jitter, default 0,0.4
 #   GRID       flags for the runner, such as "--dry_run" or "--devices 0,1" (python -m util.run.grid --help)
 #
 # Relative paths start at the repository. Safe to stop and start again: what is finished is skipped.

@@ -15,6 +15,7 @@ MISSING = "-"
 REPEATED = "seed"  # the setting that the rows of results.md are averaged over
 NO_FIGURES = ("args", "versions", "seed", "finished")  # entries of results.json that say how, not how well
 LOG_FROM = 10.0  # ratio of the ends of an x axis above which it is logarithmic
+MOST_NOTES = 24  # points of a figure that are few enough to be labelled
 LOG_ALWAYS = ("rank", "label_fraction", "lr", "trainable_params", "total_params")
 
 
@@ -174,11 +175,14 @@ class Point:
 def curves(rows: list[Row], x: str, y: str) -> dict[str, list[Point]]:
     """Points by the name of their line. Settings without x or y have no point.
 
-    Where x is a varied flag, the other flags tell lines apart, unless x settles them; where x is a figure, all
-    settings of a command are on one line.
+    Where x is a varied flag, the other flags tell lines apart, but for those that x or another one settles; where x
+    is a figure, all settings of a command are on one line.
     """
     groups = group(rows)
-    free = [key for key in _varied(rows) if key not in (x, REPEATED) and not _settled(key, x, groups)]
+    free = []
+    for key in _varied(rows):
+        if key not in (x, REPEATED) and not any(_settled(key, other, groups) for other in (x, *free)):
+            free.append(key)
     lines: dict[str, list[Point]] = {}
     for item in groups:
         ys, xs = item.values(y), item.values(x)
@@ -211,24 +215,39 @@ def draw(path: Path, rows: list[Row], x: str, y: str) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.transforms import ScaledTranslation
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.5 + 0.2 * _legend_rows(lines)), dpi=150, layout="constrained")
     place = _x_axis(axes, x, [point.x for points in lines.values() for point in points])
-    for (label, points), marker in zip(lines.items(), "osD^vP*X<>" * len(lines), strict=False):
+    points_in_all = sum(map(len, lines.values()))
+    for i, (label, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: place(point.x))
         xs, stds = [place(point.x) for point in points], [point.std or 0.0 for point in points]
-        axes.errorbar(xs, [p.y for p in points], yerr=stds, label=label, marker=marker, markersize=5, capsize=3)
+        drawn = axes.errorbar(
+            xs, [point.y for point in points], yerr=stds, label=label, marker="osD^vP*X"[i % 8], markersize=5, capsize=2
+        )
+        # side by side, so that the bars of many lines do not hide each other
+        aside = ScaledTranslation((i - (len(lines) - 1) / 2) * 3 / 72, 0, figure.dpi_scale_trans)
+        for artist in drawn.get_children():
+            artist.set_transform(axes.transData + aside)
         for position, point in zip(xs, points, strict=True):
-            if point.note and sum(map(len, lines.values())) <= 24:
+            if point.note and points_in_all <= MOST_NOTES:
+                axes.margins(x=0.15)
                 axes.annotate(point.note, (position, point.y), xytext=(6, -11), textcoords="offset points", fontsize=8)
     axes.set_xlabel(heading(x))
     axes.set_ylabel(heading(y))
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        figure.legend(loc="outside right upper", fontsize=8)
+        columns = -(-len(lines) // _legend_rows(lines))
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     plt.close(figure)
     return True
+
+
+def _legend_rows(lines: dict[str, list[Point]]) -> int:
+    columns = max(1, 90 // (max(map(len, lines)) + 8))  # 90 characters are as wide as the figure
+    return -(-len(lines) // columns)
 
 
 def _x_axis(axes, name: str, values: list[str | float]) -> Callable[[str | float], float]:
@@ -245,7 +264,7 @@ def _x_axis(axes, name: str, values: list[str | float]) -> Callable[[str | float
         axes.set_xscale("log")
     if isinstance(values[0], str):
         # a flag has few values: these are the ticks
-        axes.set_xticks(numbers, labels=[f"{number:g}" for number in numbers])
+        axes.set_xticks(numbers, labels=[next(v for v in values if float(v) == number) for number in numbers])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
     else:
         if axes.get_xscale() == "log":

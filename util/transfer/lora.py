@@ -234,7 +234,7 @@ def _listed(values) -> str:
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(
-    rf"({re.escape(_PEFT_PREFIX)})?(?P<path>blocks\.(?P<block>\d+)\.(?P<layer>{'|'.join(map(re.escape, _LAYERS))}))"
+    rf"({re.escape(_PEFT_PREFIX)})?blocks\.(?P<block>\d+)\.(?P<layer>{'|'.join(map(re.escape, _LAYERS))})"
     r"\.lora_(?P<factor>[AB])\.weight"
 )
 # our own note in the weights file: with all of B at zero, its shape does not tell q, v from q, k
@@ -259,14 +259,17 @@ def save_peft(folder: str | Path, model: nn.Module, config: LoRAConfig, base_mod
     PEFT has one A and one B for the fused qkv; ours become one of rank (parts * rank) with a block-diagonal B.
     """
     folder = Path(folder)
+    layers = dict(_adapted(model))
+    if not layers:
+        raise ValueError("the model has no adapters")
+    parts = {".".join(name.split(".")[2:]): layer.parts for name, layer in layers.items()}
+    made_with = {(layer.rank, layer.scaling) for layer in layers.values()}
+    if parts != config.parts() or made_with != {(config.rank, config.scaling)}:
+        raise ValueError(f"the model was not adapted with {config}")
     tensors = {}
-    for name, layer in _adapted(model):
-        if (layer.rank, layer.scaling) != (config.rank, config.scaling):
-            raise ValueError(f"{name} was not adapted with {config}")
+    for name, layer in layers.items():
         for factor, value in zip("AB", layer.factors(), strict=True):
             tensors[f"{_PEFT_PREFIX}{name}.lora_{factor}.weight"] = value.detach().cpu().clone().contiguous()
-    if not tensors:
-        raise ValueError("the model has no adapters")
     own = [target for target in _LAYERS["attn.qkv"] if target in config.targets]
     metadata = {"format": "pt", _PARTS_NOTE: ",".join(own)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +313,7 @@ def load_peft(folder: str | Path) -> tuple[LoRAConfig, State]:
 
 
 def _peft_settings(config: LoRAConfig, base_model_name: str | None) -> dict:
-    layers, alpha = config.parts(), config.scaling * config.rank
+    layers, alpha = config.parts(), config.alpha or 2 * config.rank
     fused = len(layers.get("attn.qkv", ()))
     return {
         "peft_type": "LORA",
@@ -341,7 +344,8 @@ def _read_settings(folder: Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings["peft_type"]
-        settings = {"lora_dropout": 0.0, "alpha_pattern": {}, **settings}
+        given = {name: value for name, value in settings.items() if value is not None}
+        settings = {"lora_dropout": 0.0, "alpha_pattern": {}, **given}
         numbers = [settings["lora_alpha"], settings["lora_dropout"], *settings["alpha_pattern"].values()]
         if not all(isinstance(number, (int, float)) and number >= 0 for number in numbers):
             raise ValueError

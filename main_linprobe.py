@@ -1,0 +1,179 @@
+"""Linear probe: a frozen encoder and a linear or shallow MLP head, at several learning rates side by side.
+
+python main_linprobe.py --data_path DIR --model vit_base_patch16 --init W --output_dir RUN
+
+The encoder sees each view of each image once, not once per epoch; its embeddings are kept on disk, and every later
+probe of the same weights and data begins at once.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models_transfer import MODEL_NAMES, attach_head, start_backbone
+from util.data.augment import EvalCrop
+from util.data.labels import open_labelled
+from util.run import args as flags
+from util.run.errors import UserError, cli
+from util.training.checkpoint import read_checkpoint
+from util.training.optim import make_optimizer
+from util.training.pretrained import fingerprint_of
+from util.training.session import Session, fit, session
+from util.transfer.features import FeatureLoader, Features, cached_features
+from util.transfer.recipe import BETAS, add_transfer_args, base_rate, cosine, report, score, train_view
+
+MOST_RATES = 8
+
+
+def get_args(argv: list[str] | None = None):
+    parser = flags.Parser("Linear probe of a frozen encoder on labelled pictures")
+    add_transfer_args(
+        parser,
+        model_names=MODEL_NAMES,
+        heads=("linear", "mlp"),
+        batch_size=256,
+        epochs=50,
+        warmup_epochs=0,
+        lr=1e-3,
+        weight_decay=0.0,
+    )
+    group = parser.add_argument_group("probe")
+    group.add_argument("--views", type=flags.count, default=2, help="random crops of each image; epochs take turns")
+    group.add_argument(
+        "--lr_grid",
+        type=flags.positive,
+        nargs="+",
+        default=[0.3, 1.0, 3.0, 10.0, 30.0],
+        metavar="X",
+        help="factors of the learning rate, trained side by side; the best on validation is kept",
+    )
+    group.add_argument(
+        "--head_norm",
+        action="store_true",
+        help="standardise the embeddings by a batch norm, as the official probe does",
+    )
+    group.add_argument(
+        "--feature_cache", default=None, metavar="DIR", help="where embeddings are kept; default: features/ beside RUN"
+    )
+    return parser.parse_args(argv)
+
+
+class Heads(nn.Module):
+    """A head for each learning rate, on the same embeddings."""
+
+    def __init__(self, heads: list[nn.Module]):
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        """(N, D) -> scores (N, C) of each head."""
+        return [head(embeddings) for head in self.heads]
+
+
+def probe_step(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    """The sum of the heads' losses: each head's gradient is that of its own."""
+    losses = [F.cross_entropy(logits.float(), batch["label"]) for logits in model(batch["features"])]
+    return {"loss": torch.stack(losses).sum()}
+
+
+class Choice:
+    """Validation of all heads; it remembers which was the best."""
+
+    def __init__(self, features: Features, labels: torch.Tensor, rates: list[float], device: torch.device):
+        good = features.readable
+        self.features, self.labels = features.embeddings[good].to(device), labels[good]
+        self.rates, self.best = rates, 0
+
+    @torch.inference_mode()
+    def __call__(self, model: Heads, epoch: int) -> dict[str, float]:
+        logits = [scores.float().cpu() for scores in model(self.features)]
+        right = [(scores.argmax(dim=1) == self.labels).sum().item() for scores in logits]
+        losses = [F.cross_entropy(scores, self.labels).item() for scores in logits]
+        self.best = max(range(len(logits)), key=lambda number: (right[number], -losses[number]))
+        return {**score(logits[self.best], self.labels), "lr": self.rates[self.best]}
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    if len(args.lr_grid) > MOST_RATES:
+        raise UserError(f"--lr_grid has {len(args.lr_grid)} factors: give at most {MOST_RATES}")
+    with session(args) as here:
+        probe(args, here)
+
+
+def probe(args, here: Session) -> None:
+    """Data, frozen encoder, its embeddings, and heads at several rates on them."""
+    task = open_labelled(args)
+    model = start_backbone(vars(args), here.run.say).to(here.device).eval().requires_grad_(False)
+    base = fingerprint_of(model.state_dict())
+    cache = Path(args.feature_cache) if args.feature_cache else Path(args.output_dir).parent / "features"
+
+    def features(role: str, transform, view: int = 0) -> Features:
+        return cached_features(here, cache, model, base, getattr(task, role), transform, view, f"{role} images")
+
+    still = EvalCrop(flags.height_width(args.input_size))
+    views = [features("train", train_view(args), view) for view in range(args.views)]
+    val = features("val", still)
+
+    def fresh_head() -> nn.Module:
+        attach_head(model, vars(args), len(task.classes))
+        return model.head
+
+    heads = Heads([fresh_head() for _ in args.lr_grid]).to(here.device)
+    loader = FeatureLoader(
+        views, task.labels(task.train), task.train.fingerprint,
+        batch_size=args.batch_size, seed=args.seed, world=here.world,
+    )  # fmt: skip
+    lr = base_rate(args, loader.step_images)
+    choice = Choice(val, torch.from_numpy(task.labels(task.val)), [lr * factor for factor in args.lr_grid], here.device)
+    groups = [
+        {"params": list(head.parameters()), "lr_scale": factor, "weight_decay": args.weight_decay}
+        for head, factor in zip(heads.heads, args.lr_grid, strict=True)
+    ]
+    started = time.perf_counter()
+    results = fit(
+        here,
+        f"probe of {args.model}, {len(args.lr_grid)} {args.head} heads for {len(task.classes)} identities, lr {lr:.3g},",
+        model=heads,
+        step_fn=probe_step,
+        loader=loader,
+        optimizer=make_optimizer(groups, lr, here.device, BETAS),
+        schedule=cosine(args, lr, loader.steps),
+        evaluate=choice if here.world.is_main else None,
+        best_of=("top1", "max"),
+        patience=args.patience,
+        best_state=lambda: {f"head.{name}": value for name, value in heads.heads[choice.best].state_dict().items()},
+        notes={"classes": list(task.classes), "base": base},
+    )
+    if not results or not here.world.is_main:
+        return
+    seconds = time.perf_counter() - started
+    head = fresh_head()
+    results["trainable_params"] = sum(parameter.numel() for parameter in head.parameters())
+    results["total_params"] = sum(parameter.numel() for parameter in model.parameters())
+    results["val"] = results.pop("best_val")
+    results["encoder_pass_seconds"] = views[0].seconds
+    results["heads_seconds"] = None if here.resume_from else seconds
+    if not here.resume_from:  # else a part of the time was spent in another process
+        rerun = results["epochs"] * views[0].seconds
+        results["speedup_over_rerunning"] = rerun / (sum(view.seconds for view in views) + seconds)
+        here.run.say(
+            f"{results['epochs']} epochs cost {args.views} passes of the encoder and {seconds:.1f} s: "
+            f"{results['speedup_over_rerunning']:.1f} times less than running it in every epoch"
+        )
+    if results["finished"] and task.test is not None:
+        test, labels = features("test", still), torch.from_numpy(task.labels(task.test))
+        model.load_state_dict({**model.state_dict(), **read_checkpoint(here.run.best)["model"]})
+        good = test.readable
+        with torch.inference_mode():
+            scores = model.head.to(here.device).eval()(test.embeddings[good].to(here.device))
+        results["test"] = score(scores.float().cpu(), labels[good])
+    report(here, results)
+
+
+if __name__ == "__main__":
+    main()

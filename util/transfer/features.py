@@ -1,0 +1,149 @@
+"""Embeddings of a data set by a frozen backbone: computed once per view, kept on disk, fed to the training loop.
+
+A cache entry is a folder named by what its numbers depend on: weights, data, transform, view and precision. It is
+written in chunks, each whole or not there, so a computation that was stopped goes on, and processes share the work.
+"""
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.data.augment import to_unit
+from util.data.loader import StepSampler, in_order, readable
+from util.data.sources import Source
+from util.run.device import autocast, pick_precision, synchronize
+from util.run.dist import World
+from util.run.files import write_atomically
+from util.run.log import write_json
+from util.training.session import Session
+
+CHUNK = 4096  # images per file
+_VERSION = 1  # of what this file does with the pictures
+
+
+@dataclass(frozen=True)
+class Features:
+    """One view of a data set. embeddings: (N, D) float32, a row of NaN where the image is damaged.
+
+    bad: (row, path, reason) of those. seconds: what decoding and encoding took, whenever that was.
+    """
+
+    embeddings: torch.Tensor
+    bad: list[tuple[int, str, str]]
+    seconds: float
+
+    @property
+    def readable(self) -> torch.Tensor:
+        """(N,) bool."""
+        return ~self.embeddings.isnan().any(dim=1)
+
+
+def cached_features(
+    here: Session,
+    folder: Path,
+    model: torch.nn.Module,
+    weights: str,
+    source: Source,
+    transform: Callable,
+    view: int = 0,
+    name: str = "images",
+) -> Features:
+    """The embeddings of all images of a source, from the cache in `folder` or computed into it.
+
+    model: a Backbone in eval mode. weights: their fingerprint. view: number of the random view that `transform` draws
+    for each image from (seed, view, image). name: what to call the images to the person watching.
+    """
+    precision = pick_precision(here.args.precision, here.device)
+    facts = {
+        "version": _VERSION, "weights": weights, "data": source.fingerprint, "images": len(source),
+        "transform": repr(transform), "view": view, "seed": here.args.seed, "precision": precision,
+    }  # fmt: skip
+    entry = folder / hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+    files = [entry / f"{number:05d}.npz" for number in range(len(chunks))]
+    if here.world.is_main:
+        entry.mkdir(parents=True, exist_ok=True)
+        write_json(entry / "facts.json", facts)
+    here.world.barrier()
+    own = range(here.world.rank, len(chunks), here.world.size)
+    todo = [number for number in own if _read(files[number]) is None]
+    here.run.say(f"features of {len(source)} {name}, view {view}: " + ("computing" if todo else f"from {entry}"))
+    with here.run.progress(total=sum(len(chunks[number]) for number in todo), unit="img", desc=name) as bar:
+        for number in todo:
+            part = _compute(here, model, precision, source, transform, view, chunks[number], bar)
+            write_atomically(files[number], lambda path, part=part: _write(path, part))
+    here.world.barrier()
+    parts = [_read(file) for file in files]
+    return Features(
+        torch.from_numpy(np.concatenate([part["embeddings"] for part in parts])),
+        [tuple(bad) for part in parts for bad in json.loads(str(part["bad"]))],
+        float(sum(part["seconds"] for part in parts)),
+    )
+
+
+@torch.inference_mode()
+def _compute(here: Session, model, precision: str, source: Source, transform, view: int, rows: range, bar) -> dict:
+    args, started, parts, bad = here.args, time.perf_counter(), [], {}
+    for batch in in_order(
+        source, transform, rows=rows, view=view, seed=args.seed,
+        batch_size=args.batch_size, num_workers=args.num_workers, device=here.device,
+    ):  # fmt: skip
+        with autocast(here.device, precision):
+            part = model.embed(to_unit(batch["image"].to(here.device)))
+        part = part.float().cpu()
+        part[~readable(batch)] = torch.nan
+        parts.append(part)
+        bad |= {entry[0]: entry for entry in batch["bad"]}
+        bar.update(len(part))
+    synchronize(here.device)
+    own = [entry for row, entry in sorted(bad.items()) if row in rows]
+    seconds = time.perf_counter() - started
+    return {"embeddings": torch.cat(parts).numpy(), "bad": np.array(json.dumps(own)), "seconds": np.array(seconds)}
+
+
+def _write(path: Path, part: dict) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **part)
+
+
+def _read(path: Path) -> dict | None:
+    """A chunk, or None where there is none or it is damaged: it is computed then."""
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            return {name: part[name] for name in ("embeddings", "bad", "seconds")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+class FeatureLoader:
+    """Batches of cached features for the training loop: epoch e reads view e modulo the number of views.
+
+    labels: (N,) int64, for the rows of every view. Rows that are damaged in a view, hence in all, are left out.
+    """
+
+    def __init__(self, views: list[Features], labels: np.ndarray, fingerprint: str, *, batch_size, seed, world: World):
+        good = views[0].readable
+        self.views = [view.embeddings[good] for view in views]
+        self.labels = torch.from_numpy(labels)[good]
+        self.bad, self.images, self.fingerprint = views[0].bad, len(labels), fingerprint
+        self._sampler = StepSampler(len(self.labels), min(batch_size, len(self.labels)), 1, seed, world)
+        self.steps, self.step_images = self._sampler.steps, self._sampler.step_images
+
+    def enter(self, epoch: int, step: int) -> Iterator[dict]:
+        """Batches from an optimizer step of an epoch to the epoch's end."""
+        self._sampler.enter(epoch, step)
+        view, bad = self.views[epoch % len(self.views)], self.bad
+        for keys in self._sampler:
+            rows = torch.tensor([row for _, row in keys])
+            yield {"epoch": epoch, "features": view[rows], "label": self.labels[rows], "index": rows, "bad": bad}
+            bad = []
+
+    def close(self) -> None:
+        """There are no processes to end."""
