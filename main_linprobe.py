@@ -137,7 +137,7 @@ def probe(args, here: Session) -> None:
     started = time.perf_counter()
     results = fit(
         here,
-        f"probe of {args.model}, {len(args.lr_grid)} {args.head} heads for {len(task.classes)} identities, lr {lr:.3g},",
+        f"{args.model}, {len(args.lr_grid)} {args.head} probes of {len(task.classes)} identities, lr {lr:.3g},",
         model=heads,
         step_fn=probe_step,
         loader=loader,
