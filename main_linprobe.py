@@ -155,6 +155,7 @@ def probe(args, here: Session) -> None:
     head = fresh_head()
     results["trainable_params"] = sum(parameter.numel() for parameter in head.parameters())
     results["total_params"] = sum(parameter.numel() for parameter in model.parameters())
+    results["classes"] = len(task.classes)
     results["val"] = results.pop("best_val")
     results["encoder_pass_seconds"] = views[0].seconds
     results["heads_seconds"] = None if here.resume_from else seconds

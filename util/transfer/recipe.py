@@ -182,6 +182,7 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
         **parts,
     )
     if results and here.world.is_main:
+        results["classes"] = len(task.classes)
         results["val"] = results.pop("best_val")
         if results["finished"] and task.test is not None:
             best = read_checkpoint(here.run.best)["model"]
