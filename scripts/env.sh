@@ -2,6 +2,7 @@
 #
 #   help_if_asked "$0" "$@"         # --help prints the comment at the head of the script
 #   ensure_env requirements.txt     # from here on, `python` has what the file lists
+#   grid_arguments OUT "$@"         # DATA INIT [OUT] [-- FLAGS] into the variables data, init, out and flags
 #
 # The environment is .venv in the repository, made on the first call and brought up to date when a requirements
 # file changes; with ANIMASK_USE_ACTIVE_ENV=1 it is the active one. PYTHON=... names the Python to make it with.
@@ -77,4 +78,21 @@ ensure_env() {
         install "$1"
         echo "$wanted" >"$venv/$1.stamp"
     fi
+}
+
+grid_arguments() {
+    out="$1"
+    shift
+    [ $# -ge 2 ] && [ "${1#-}" = "$1" ] && [ "${2#-}" = "$2" ] || fail "DATA and INIT are needed: --help says what they are"
+    data="$1" init="$2"
+    shift 2
+    if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+        out="$1"
+        shift
+    fi
+    [ "${1:---}" = -- ] || fail "unexpected $1: flags for the runs come after a lone --"
+    [ $# -eq 0 ] || shift
+    flags=("$@")
+    cd "$ROOT"
+    [ -e "$data" ] || [ "${data#hf:}" != "$data" ] || fail "there is no $data: name a folder, or hf:OWNER/NAME"
 }

@@ -16,17 +16,7 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "$0" "$@"
-[ $# -ge 2 ] && [ "${1#-}" = "$1" ] && [ "${2#-}" = "$2" ] || fail "DATA and INIT are needed: --help says what they are"
-data="$1" init="$2" out=runs/lora_ranks
-shift 2
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    out="$1"
-    shift
-fi
-[ "${1:---}" = -- ] || fail "unexpected $1: flags for main_lora.py come after a lone --"
-[ $# -eq 0 ] || shift
-cd "$ROOT"
-[ -e "$data" ] || [ "${data#hf:}" != "$data" ] || fail "there is no $data: name a folder, or hf:OWNER/NAME"
+grid_arguments runs/lora_ranks "$@"
 ensure_env requirements.txt
 
 # GRID is several words
@@ -34,4 +24,4 @@ python -m util.run.grid --out "$out" \
     --command "lora: main_lora.py" \
     --vary "rank=${RANKS:-4,8,16,32}" "seed=${SEEDS:-0,1,2}" \
     --figure trainable_params:test.top1 ${GRID:-} \
-    -- --data_path "$data" --init "$init" --model "${MODEL:-vit_base_patch16}" "$@"
+    -- --data_path "$data" --init "$init" --model "${MODEL:-vit_base_patch16}" ${flags[@]+"${flags[@]}"}

@@ -18,17 +18,7 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "$0" "$@"
-[ $# -ge 2 ] && [ "${1#-}" = "$1" ] && [ "${2#-}" = "$2" ] || fail "DATA and INIT are needed: --help says what they are"
-data="$1" init="$2" out=runs/sweep
-shift 2
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    out="$1"
-    shift
-fi
-[ "${1:---}" = -- ] || fail "unexpected $1: flags for main_finetune.py come after a lone --"
-[ $# -eq 0 ] || shift
-cd "$ROOT"
-[ -e "$data" ] || [ "${data#hf:}" != "$data" ] || fail "there is no $data: name a folder, or hf:OWNER/NAME"
+grid_arguments runs/sweep "$@"
 ensure_env requirements.txt
 
 # GRID is several words
@@ -37,4 +27,4 @@ python -m util.run.grid --out "$out" \
     --vary "lr=${LRS:-5e-5,1e-4,5e-4}" "min_crop=${CROPS:-0.2,0.5}" "color_jitter=${JITTERS:-0,0.4}" \
     "epochs/warmup_epochs=${SCHEDULES:-20/2,50/5}" "seed=${SEEDS:-0,1,2}" \
     --figure lr:val.top1 ${GRID:-} \
-    -- --data_path "$data" --init "$init" --model "${MODEL:-vit_base_patch16}" "$@"
+    -- --data_path "$data" --init "$init" --model "${MODEL:-vit_base_patch16}" ${flags[@]+"${flags[@]}"}

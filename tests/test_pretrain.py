@@ -7,14 +7,19 @@ import pickle
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image
 
 import main_pretrain
+from tests import helpers
 from tests.conftest import ROOT
+from tests.helpers import assert_same, outcome
 from util.training.checkpoint import read_checkpoint, save_checkpoint
+
+fails = partial(helpers.fails, main_pretrain.main)
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +32,6 @@ def flags(images, run, *more):
     recipe = "--model mae_vit_nano_patch8 --input_size 16 --batch_size 8 --epochs 2 --warmup_epochs 1 --lr 1e-3"
     recipe += " --device cpu --num_workers 0 --eval_images 4 --log_every 2 --labels none"
     return ["--data_path", str(images), "--output_dir", str(run), *recipe.split(), *map(str, more)]
-
-
-def outcome(run):
-    """All that must not depend on how often a run was interrupted."""
-    checkpoint = read_checkpoint(run / "checkpoint-last.pth")
-    progress = {k: v for k, v in checkpoint["progress"].items() if "seconds" not in k}
-    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-    return checkpoint["model"], checkpoint["optimizer"], progress, [{**line, "seconds": 0} for line in lines]
-
-
-def assert_same(one, other):
-    """Bitwise equality of nested dicts, lists and tensors."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 @pytest.fixture(scope="module")
@@ -197,16 +177,6 @@ def test_a_stream_that_is_too_short_says_so(shards, tmp_path, capsys):
 def test_a_stored_hugging_face_data_set(shards, tmp_path, capsys, monkeypatch):
     main_pretrain.main(flags(f"hf:{shards}", tmp_path, "--max_bad", 0.1))
     assert json.loads((tmp_path / "results.json").read_text())["finished"]
-
-
-def fails(capsys, argv) -> str:
-    """The one line with which a command line is refused."""
-    with pytest.raises(SystemExit) as stop:
-        main_pretrain.main(argv)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
 
 
 class Payload:

@@ -1,0 +1,79 @@
+"""What the tests of several training scripts share: their outcome, their refusals, and toy identities."""
+
+import colorsys
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util.training.checkpoint import read_checkpoint
+
+IDENTITIES = ("asuka", "hikari", "misato", "rei")
+
+
+def outcome(run: Path) -> tuple[dict, dict, dict, list[dict]]:
+    """All that must not depend on how often a run was interrupted: weights, optimizer, progress, lines of log.txt."""
+    checkpoint = read_checkpoint(run / "checkpoint-last.pth")
+    progress = {k: v for k, v in checkpoint["progress"].items() if "seconds" not in k}
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    return checkpoint["model"], checkpoint["optimizer"], progress, [{**line, "seconds": 0} for line in lines]
+
+
+def assert_same(one, other) -> None:
+    """Bitwise equality of nested dicts, lists and tensors."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def fails(main: Callable, capsys, argv: list[str]) -> str:
+    """The one line with which a script's `main` refuses a command line."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def results_of(run: Path) -> dict:
+    """What results.json says."""
+    return json.loads((run / "results.json").read_text())
+
+
+def make_identities(folder: Path, names=IDENTITIES, **counts: int) -> Path:
+    """Class folders of noisy pictures, 24 x 24 px: an identity is a hue, which varies a little.
+
+    counts: pictures of each identity in a split; by default 12 to train, 5 in val, 4 in test.
+    """
+    rng = np.random.default_rng(7)
+    for split, count in (counts or {"train": 12, "val": 5, "test": 4}).items():
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                hue = (number / len(names) + rng.normal(0, 0.09)) % 1
+                color = np.array(colorsys.hsv_to_rgb(hue, 0.7, 0.8)) * 255
+                pixels = color + rng.normal(0, 40, (24, 24, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / name / f"{i:02d}.png")
+    return folder
+
+
+def transfer_flags(data, run, *more) -> list[str]:
+    """A tiny run of a transfer script: on `make_identities` 6 steps of 8 images in each of two epochs."""
+    recipe = "--model vit_nano_patch8 --input_size 16 --batch_size 8 --epochs 2 --warmup_epochs 1 --lr 1e-3"
+    recipe += " --device cpu --num_workers 0 --log_every 2"
+    return ["--data_path", str(data), "--output_dir", str(run), *recipe.split(), *map(str, more)]
