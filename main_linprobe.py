@@ -113,7 +113,10 @@ def probe(args, here: Session) -> None:
     cache = Path(args.feature_cache) if args.feature_cache else Path(args.output_dir).parent / "features"
 
     def features(role: str, transform, view: int = 0) -> Features:
-        return cached_features(here, cache, model, base, getattr(task, role), transform, view, f"{role} images")
+        found = cached_features(here, cache, model, base, getattr(task, role), transform, view, f"{role} images")
+        for _, path, reason in found.bad if role != "train" else ():  # the loop counts those of training
+            here.run.say(f"left out of the evaluation: {path}: {reason}")
+        return found
 
     still = EvalCrop(flags.height_width(args.input_size))
     views = [features("train", train_view(args), view) for view in range(args.views)]

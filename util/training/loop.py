@@ -59,13 +59,13 @@ class Setup:
         return stale or progress.epoch >= self.args.epochs
 
 
-def train(setup: Setup, progress_state: Progress) -> dict:
-    """Train from where `progress_state` stands to the last epoch or --max_steps.
+def train(setup: Setup, progress: Progress) -> dict:
+    """Train from where `progress` stands to the last epoch or --max_steps.
 
     Returns the figures for results.json. Raises Stopped after a signal, UserError where the loss is
     not finite or too many images are damaged; the checkpoint on disk is then the last good one.
     """
-    return _Trainer(setup, progress_state).run()
+    return _Trainer(setup, progress).run()
 
 
 class _Trainer:

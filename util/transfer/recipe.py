@@ -129,6 +129,7 @@ class Validation:
     def __init__(self, here: Session, task: Labelled, source: Source):
         self.here, self.source, self.classes = here, source, task.numbers
         self.precision = pick_precision(here.args.precision, here.device)
+        self.bad: set[str] = set()  # damaged images that were left out, by path
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, epoch: int = 0) -> dict[str, float]:
@@ -142,10 +143,17 @@ class Validation:
         ):  # fmt: skip
             with autocast(device, self.precision):
                 scores = model(to_unit(batch["image"].to(device)))
+            self._leave_out(batch["bad"])
             good = readable(batch)
             logits.append(scores.float().cpu()[good])
             labels.append(batch["label"][good])
         return score(torch.cat(logits), torch.cat(labels))
+
+    def _leave_out(self, bad: list[tuple[int, str, str]]) -> None:
+        for _, path, reason in bad:
+            if path not in self.bad:
+                self.bad.add(path)
+                self.here.run.say(f"left out of the evaluation: {path}: {reason}")
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
