@@ -8,9 +8,9 @@ python main_finetune.py ... --label_fraction 0.05      # a part of the labels, t
 from models_transfer import MODEL_NAMES, attach_head, start_backbone
 from util.data.labels import open_labelled
 from util.run import args as flags
-from util.run.errors import UserError, cli
+from util.run.errors import UserError
 from util.training.optim import transfer_groups, unfreeze_in_stages
-from util.training.session import Session, session
+from util.training.session import Session, script
 from util.transfer.recipe import add_training_args, add_transfer_args, transfer
 
 
@@ -42,13 +42,6 @@ def get_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    with session(args) as here:
-        finetune(args, here)
-
-
 def finetune(args, here: Session) -> None:
     """Data, model, what learns when, and the shared recipe."""
     task = open_labelled(args)
@@ -70,6 +63,8 @@ def finetune(args, here: Session) -> None:
         stage=stage,
     )
 
+
+main = script(get_args, finetune)
 
 if __name__ == "__main__":
     main()

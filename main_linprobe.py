@@ -17,11 +17,11 @@ from models_transfer import MODEL_NAMES, attach_head, start_backbone
 from util.data.augment import EvalCrop
 from util.data.labels import open_labelled
 from util.run import args as flags
-from util.run.errors import UserError, cli
+from util.run.errors import UserError
 from util.training.checkpoint import read_checkpoint
 from util.training.optim import make_optimizer
 from util.training.pretrained import fingerprint_of
-from util.training.session import Session, fit, session
+from util.training.session import Session, fit, script
 from util.transfer.features import FeatureLoader, Features, cached_features
 from util.transfer.recipe import BETAS, add_transfer_args, base_rate, cosine, report, score, train_view
 
@@ -96,17 +96,10 @@ class Choice:
         return {**score(logits[self.best], self.labels), "lr": self.rates[self.best]}
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    if len(args.lr_grid) > MOST_RATES:
-        raise UserError(f"--lr_grid has {len(args.lr_grid)} factors: give at most {MOST_RATES}")
-    with session(args) as here:
-        probe(args, here)
-
-
 def probe(args, here: Session) -> None:
     """Data, frozen encoder, its embeddings, and heads at several rates on them."""
+    if len(args.lr_grid) > MOST_RATES:
+        raise UserError(f"--lr_grid has {len(args.lr_grid)} factors: give at most {MOST_RATES}")
     task = open_labelled(args)
     model = start_backbone(vars(args), here.run.say).to(here.device).eval().requires_grad_(False)
     base = fingerprint_of(model.state_dict())
@@ -178,6 +171,8 @@ def probe(args, here: Session) -> None:
         results["test"] = score(scores.float().cpu(), labels[good])
     report(here, results)
 
+
+main = script(get_args, probe)
 
 if __name__ == "__main__":
     main()

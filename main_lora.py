@@ -9,10 +9,9 @@ from dataclasses import asdict
 from models_transfer import MODEL_NAMES, attach_head, start_backbone
 from util.data.labels import open_labelled
 from util.run import args as flags
-from util.run.errors import cli
 from util.training.optim import transfer_groups
 from util.training.pretrained import fingerprint_of
-from util.training.session import Session, session
+from util.training.session import Session, script
 from util.transfer.lora import TARGETS, LoRAConfig, add_lora, count_parameters, is_adapter
 from util.transfer.recipe import add_training_args, add_transfer_args, transfer
 
@@ -43,13 +42,6 @@ def get_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    with session(args) as here:
-        adapt(args, here)
-
-
 def adapt(args, here: Session) -> None:
     """Data, frozen model, adapters and head, and the shared recipe."""
     config = LoRAConfig(args.rank, args.alpha, tuple(args.lora_targets), args.lora_dropout)
@@ -75,6 +67,8 @@ def adapt(args, here: Session) -> None:
         notes={"base": base, "lora": asdict(config)},
     )
 
+
+main = script(get_args, adapt)
 
 if __name__ == "__main__":
     main()

@@ -15,12 +15,12 @@ from util.data.loader import held_out, open_loader
 from util.data.sheet import sheet
 from util.mae.masking import random_mask, visible_count
 from util.run import args as flags
-from util.run.errors import UserError, cli
+from util.run.errors import UserError
 from util.run.log import RunFolder
 from util.run.seed import uniform_for
 from util.training.hub import load_weights
 from util.training.optim import WarmupCosine, decay_groups, make_optimizer, unfreeze_in_stages
-from util.training.session import Session, fit, session
+from util.training.session import Session, fit, script
 
 SHOWN = 8  # held-out images in the picture of an epoch
 
@@ -131,13 +131,6 @@ def step_fn(args, patch_size: int):
     return step
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    with session(args) as here:
-        pretrain(args, here)
-
-
 def pretrain(args, here: Session) -> None:
     """Set up, resume, train, and write results.json."""
     crop = TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
@@ -166,6 +159,8 @@ def pretrain(args, here: Session) -> None:
     if results:
         here.run.results(results)
 
+
+main = script(get_args, pretrain)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from util.run.device import grad_scaler, pick_device, pick_precision
 from util.run.dist import World, join, leave, read_world
+from util.run.errors import cli
 from util.run.log import RunFolder, provenance
 from util.training.checkpoint import Progress, plain_args, restore
 from util.training.faults import Stopped
@@ -45,6 +46,21 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     finally:
         run.close()
         leave()
+
+
+def script(get_args: Callable, experiment: Callable[[argparse.Namespace, Session], None]) -> Callable:
+    """The main(argv) of a training script: parse the flags, open a session, run experiment(args, here) in it.
+
+    A UserError becomes one line and exit status 2.
+    """
+
+    @cli
+    def main(argv: list[str] | None = None) -> None:
+        args = get_args(argv)
+        with session(args) as here:
+            experiment(args, here)
+
+    return main
 
 
 def fit(here: Session, headline: str, **parts) -> dict | None:
