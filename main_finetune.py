@@ -46,7 +46,7 @@ def finetune(args, here: Session) -> None:
     """Data, model, what learns when, and the shared recipe."""
     task = open_labelled(args)
     # a resumed run finds its weights in its checkpoint
-    model = start_backbone(vars(args) | ({"init": None} if here.resume_from else {}), here.run.say)
+    model = start_backbone(vars(args), here.run.say, weights=here.resume_from is None)
     attach_head(model, vars(args), len(task.classes))
     if not hasattr(model, "blocks") and (args.layer_decay < 1 or args.unfreeze_every):
         raise UserError(f"{args.model} has no transformer blocks: leave out --layer_decay and --unfreeze_every")

@@ -100,6 +100,8 @@ def probe(args, here: Session) -> None:
     """Data, frozen encoder, its embeddings, and heads at several rates on them."""
     if len(args.lr_grid) > MOST_RATES:
         raise UserError(f"--lr_grid has {len(args.lr_grid)} factors: give at most {MOST_RATES}")
+    if args.clip_grad is not None:
+        raise UserError("--clip_grad would tie the learning rates of the grid together: leave it out")
     task = open_labelled(args)
     model = start_backbone(vars(args), here.run.say).to(here.device).eval().requires_grad_(False)
     base = fingerprint_of(model.state_dict())
@@ -145,9 +147,10 @@ def probe(args, here: Session) -> None:
         best_state=lambda: {f"head.{name}": value for name, value in heads.heads[choice.best].state_dict().items()},
         notes={"classes": list(task.classes), "base": base},
     )
+    seconds = time.perf_counter() - started
+    test = features("test", still) if results and task.test is not None else None  # all processes share this work
     if not results or not here.world.is_main:
         return
-    seconds = time.perf_counter() - started
     head = fresh_head()
     results["trainable_params"] = sum(parameter.numel() for parameter in head.parameters())
     results["total_params"] = sum(parameter.numel() for parameter in model.parameters())
@@ -162,8 +165,8 @@ def probe(args, here: Session) -> None:
             f"{results['epochs']} epochs cost {args.views} passes of the encoder and {seconds:.1f} s: "
             f"{results['speedup_over_rerunning']:.1f} times less than running it in every epoch"
         )
-    if results["finished"] and task.test is not None:
-        test, labels = features("test", still), torch.from_numpy(task.labels(task.test))
+    if results["finished"] and test is not None:
+        labels = torch.from_numpy(task.labels(task.test))
         model.load_state_dict({**model.state_dict(), **read_checkpoint(here.run.best)["model"]})
         good = test.readable
         with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 import torch
 
-from models_vit import Backbone
+from models_vit import Backbone, patch_grid
 from util.run.errors import UserError
 from util.training.hub import Weights
 
@@ -16,7 +16,10 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, img_size: tuple[int, int], drop_path: float = 0.0):
         import timm  # slow to import
 
-        config = _config(name)
+        try:
+            config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError as error:
+            raise UserError(f"timm:{name} is not known ({error}): see timm.list_models(pretrained=True)") from error
         options = {"img_size": img_size} if config.fixed_input_size else {}
         if drop_path:
             options["drop_path_rate"] = drop_path
@@ -24,8 +27,13 @@ class TimmBackbone(Backbone):
             net = timm.create_model(name, pretrained=False, num_classes=0, **options)
         except TypeError as error:
             raise UserError(f"timm:{name} takes no --drop_path: leave it out ({error})") from error
+        patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+        if patch:
+            patch_grid(*img_size, patch if isinstance(patch, int) else patch[0])  # refuses what does not divide
         super().__init__(getattr(net, "head_hidden_size", net.num_features), config.mean, config.std)
         self.net = net
+        classifiers = config.classifier or ()
+        self._classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in [0, 1] -> embeddings (N, D)."""
@@ -45,12 +53,10 @@ class TimmBackbone(Backbone):
                     f"{weights.source} is a checkpoint of another model: {name} is {tuple(state[name].shape)}, "
                     f"this one needs {tuple(value.shape)}; choose the matching --model or --input_size"
                 )
+        ours = ("head.", *(f"{name}." for name in self._classifiers))
+        for name in state:
+            if name not in own and not name.startswith(ours):
+                raise UserError(
+                    f"{weights.source} is a checkpoint of another or a deeper network: it also holds {name}"
+                )
         self.net.load_state_dict({name: state[name] for name in own})
-
-
-def _config(name: str):
-    import timm
-
-    if not timm.is_model(name):
-        raise UserError(f"timm:{name} is not known: timm.list_models() names the networks there are")
-    return timm.get_pretrained_cfg(name, allow_unregistered=False)

@@ -23,10 +23,11 @@ from util.transfer.lora import LoRAConfig, add_lora, load_lora
 MODEL_NAMES = f"{', '.join(VIT_MODELS)}, or timm:NAME"
 
 
-def start_backbone(args: dict, say: Callable[[str], None] = lambda line: None) -> Backbone:
+def start_backbone(args: dict, say: Callable[[str], None] | None = None, *, weights: bool = True) -> Backbone:
     """The backbone that flags describe, with its start weights: those of --init, else random ones from --seed.
 
-    args: "model", "init", "input_size" (px), "global_pool", "seed" and optionally "drop_path".
+    args: "model", "init", "input_size" (px), "global_pool", "seed" and optionally "drop_path". say: told where the
+    weights come from. weights: False leaves random ones, for a model whose weights lie in a checkpoint.
     """
     torch.manual_seed(args["seed"])
     size, name, drop_path = height_width(args["input_size"]), args["model"], args.get("drop_path") or 0.0
@@ -35,17 +36,16 @@ def start_backbone(args: dict, say: Callable[[str], None] = lambda line: None) -
         model = TimmBackbone(name.removeprefix("timm:"), size, drop_path)
     else:
         model = build_vit(name, img_size=size, global_pool=args["global_pool"], drop_path=drop_path)
-    if not args["init"]:
-        say("weights: random (no --init)")
-        return model
-    weights = load_weights(args["init"], official_names=not is_timm)
-    if is_timm:
-        model.load(weights)
-        missing = []
-    else:
-        missing = load_pretrained(model, weights, optional=("norm.", "fc_norm."))
-    fresh = sorted({name.split(".")[0] for name in missing})
-    say(f"weights: {weights.source}" + (f"; it has no {', '.join(fresh)}: fresh" if fresh else ""))
+    source = "random (no --init)"
+    if weights and args["init"]:
+        found = load_weights(args["init"], official_names=not is_timm)
+        source = found.source
+        if is_timm:
+            model.load(found)
+        elif missing := load_pretrained(model, found, optional=("norm.", "fc_norm.")):
+            source += f"; it has no {', '.join(sorted({name.split('.')[0] for name in missing}))}: fresh"
+    if weights and say:
+        say(f"weights: {source}")
     return model
 
 
@@ -74,7 +74,7 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
         raise UserError(f"{path} is no checkpoint of a transfer run: give checkpoint-best.pth of one")
     args, state, classes = checkpoint["args"], checkpoint["model"], tuple(checkpoint["classes"])
     on_base = "base" in checkpoint
-    model = start_backbone(args if on_base else {**args, "init": None})
+    model = start_backbone(args, weights=on_base)
     if on_base and fingerprint_of(model.state_dict()) != checkpoint["base"]:
         raise UserError(
             f"{path} was trained on other start weights than {args['init'] or 'the random ones made here'}: "

@@ -190,7 +190,7 @@ class VisionTransformer(Backbone):
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
         # as in the official release, only the norm that is used is there
         if global_pool:

@@ -1,4 +1,4 @@
-"""Crops and flips against torchvision's.
+"""Crops and flips against torchvision's, colours against their formulas, and erased boxes.
 
 Run: python -m pytest tests/test_augment.py
 """
@@ -13,7 +13,17 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms import functional as classic
 from torchvision.transforms.v2 import functional as modern
 
-from util.data.augment import CropFlip, EvalCrop, TrainCrop, normalize, random_resized_box, to_unit
+from util.data.augment import (
+    CropFlip,
+    EvalCrop,
+    TrainCrop,
+    TrainView,
+    color_jitter,
+    normalize,
+    random_erase,
+    random_resized_box,
+    to_unit,
+)
 from util.data.images import crop_region
 from util.run.seed import rng_for
 
@@ -134,6 +144,105 @@ def test_eval_crop_is_the_smart_crop(size):
     assert torch.equal(got, expected)
 
 
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return classic.pil_to_tensor(image)
+
+
+def jittered(pixels: torch.Tensor, factors) -> np.ndarray:
+    """Brightness, contrast and saturation by their formulas, in float: (3, H, W) in 0..255."""
+    x, grey_of = pixels.numpy().astype(float), np.array([0.2989, 0.587, 0.114])
+    brightness, contrast, saturation = factors
+    x = np.clip(brightness * x, 0, 255)
+    x = np.clip(contrast * x + (1 - contrast) * np.tensordot(grey_of, x, 1).mean(), 0, 255)
+    return np.clip(saturation * x + (1 - saturation) * np.tensordot(grey_of, x, 1), 0, 255)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.4])
+def test_jitter_is_brightness_contrast_and_saturation_alone(strength):
+    pixels, factors = pixels_of(picture()), []
+    for i in range(40):
+        got, rng = color_jitter(pixels, strength, rng_for(i)), rng_for(i)
+        factors.append([rng.uniform(1 - strength, 1 + strength) for _ in range(3)])
+        assert got.dtype == torch.uint8 and got.shape == pixels.shape
+        assert np.abs(got.numpy() - jittered(pixels, factors[-1])).max() < 4  # three roundings to whole levels
+    assert np.min(factors) < 1 - 0.8 * strength and np.max(factors) > 1 + 0.8 * strength
+
+
+def test_jitter_changes_the_mean_brightness_by_its_strength_at_most():
+    pixels = pixels_of(picture()) // 2 + 50  # away from black and white, where values are cut off
+    before = pixels.float().mean()
+    ratios = [(color_jitter(pixels, 0.1, rng_for(i)).float().mean() / before).item() for i in range(300)]
+    assert 0.88 < min(ratios) < 0.93 and 1.07 < max(ratios) < 1.12
+
+
+def test_jitter_does_not_touch_its_input_and_follows_its_generator():
+    pixels = pixels_of(picture())
+    first = color_jitter(pixels, 0.3, rng_for(1))
+    assert torch.equal(first, color_jitter(pixels, 0.3, rng_for(1)))
+    assert not torch.equal(first, color_jitter(pixels, 0.3, rng_for(2)))
+    assert torch.equal(pixels, pixels_of(picture()))
+    assert torch.equal(color_jitter(pixels, 0.0, rng_for(1)), pixels)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_an_erased_box_has_the_area_of_the_paper_and_the_rest_is_untouched(size):
+    blank, areas = torch.zeros(3, *size, dtype=torch.uint8), []
+    for i in range(400):
+        changed = random_erase(blank, rng_for(i)).amax(0) > 0  # noise that is black by chance is one in 17 million
+        rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+        box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert box.all() and changed.sum() == box.numel()
+        areas.append(box.numel() / blank[0].numel())
+    assert 0.017 < min(areas) < 0.04 and 0.3 < max(areas) < 0.34
+    assert not blank.any()
+
+
+def test_an_erased_box_is_noise_of_every_level_and_follows_its_generator():
+    pixels = torch.full((3, 96, 96), 128, dtype=torch.uint8)
+    erased = random_erase(pixels, rng_for(0))
+    assert torch.equal(erased, random_erase(pixels, rng_for(0)))
+    assert not torch.equal(erased, random_erase(pixels, rng_for(1)))
+    noise = torch.cat([e[e != 128] for e in (random_erase(pixels, rng_for(i)) for i in range(20))]).float()
+    assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2 and abs(noise.std() - 73.9) < 2
+
+
+def test_a_view_without_jitter_and_erasing_is_its_crop():
+    crop, image = TrainCrop((32, 32)), picture()
+    for i in range(20):
+        plain = crop(image, {}, rng_for(i))
+        assert torch.equal(TrainView(crop)(image, {}, rng_for(i)), plain)
+        # jitter and erasing are drawn after the crop, so they keep its place
+        hardly = TrainView(crop, jitter=1e-9)(image, {}, rng_for(i))
+        assert (hardly.int() - plain.int()).abs().max() <= 3  # levels, of three roundings
+        left = TrainView(crop, erase=1.0)(image, {}, rng_for(i)) == plain
+        assert 0.6 < left.all(0).float().mean() < 0.99
+
+
+def test_the_asked_share_of_views_is_erased():
+    crop, image = TrainCrop((16, 16)), picture()
+    views = (TrainView(crop, erase=0.25)(image, {}, rng_for(i)) for i in range(600))
+    erased = [not torch.equal(view, crop(image, {}, rng_for(i))) for i, view in enumerate(views)]
+    assert 0.18 < np.mean(erased) < 0.32  # sd 0.018
+
+
+def test_a_view_is_a_function_of_its_generator():
+    view, image = TrainView(TrainCrop((32, 32)), jitter=0.2, erase=0.5), picture()
+    assert torch.equal(view(image, {}, rng_for(0, 1)), view(image, {}, rng_for(0, 1)))
+    assert not torch.equal(view(image, {}, rng_for(0, 1)), view(image, {}, rng_for(0, 2)))
+
+
+def test_transforms_are_told_apart_by_their_words():
+    # the cache of embeddings goes by them
+    crops = [TrainCrop((32, 32)), TrainCrop((32, 48)), TrainCrop((32, 32), scale=(0.5, 1.0))]
+    crops += [TrainCrop((32, 32), ratio=(1.0, 1.0)), TrainCrop((32, 32), flip=False)]
+    views = [TrainView(crop) for crop in crops]
+    views += [TrainView(crops[0], jitter=0.1), TrainView(crops[0], jitter=0.1000001), TrainView(crops[0], erase=0.1)]
+    transforms = [*crops, *views, EvalCrop((32, 32)), EvalCrop((48, 32))]
+    assert len({repr(transform) for transform in transforms}) == len(transforms)
+    assert repr(TrainView(TrainCrop([32, 32], scale=[0.2, 1.0]))) == repr(TrainView(TrainCrop((32, 32))))
+    assert repr(EvalCrop([32, 32])) == repr(EvalCrop((32, 32)))
+
+
 def test_normalize_equals_torchvision():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     reference = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images.float() / 255)
@@ -147,3 +256,4 @@ def test_no_warnings():
         warnings.simplefilter("error")
         TrainCrop((32, 32))(picture(), {}, rng_for(0))
         EvalCrop((32, 32))(picture(), {})
+        TrainView(TrainCrop((32, 32)), jitter=0.1, erase=1.0)(picture(), {}, rng_for(0))

@@ -175,8 +175,13 @@ def test_drop_path_rises_linearly_to_the_last_block():
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("test_resnet", (40, 64)), ("test_efficientnet", (64, 64)), ("test_vit", (32, 48)), ("vit_tiny_patch16_224", (64, 64))],
-)  # fmt: skip
+    [
+        ("test_resnet", (40, 64)),
+        ("test_efficientnet", (64, 64)),
+        ("test_vit", (32, 48)),
+        ("vit_tiny_patch16_224", (64, 64)),
+    ],
+)
 def test_networks_of_timm_see_the_pixels_they_were_trained_on(name, size):
     torch.manual_seed(0)
     model = TimmBackbone(name, size).eval()

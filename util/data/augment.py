@@ -122,6 +122,8 @@ def random_erase(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor
     """Fill a random box of uint8 (3, H, W), 2 to 33 % of the area, with noise (arXiv 1708.04896)."""
     height, width = pixels.shape[1:]
     x1, y1, x2, y2 = random_resized_box(width, height, (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
+    if (x2 - x1) * (y2 - y1) > width * height / 2:  # no box of that kind was found: rare, in very wide pictures
+        return pixels
     noise = rng.integers(0, 256, (3, y2 - y1, x2 - x1), dtype=np.uint8)
     pixels = pixels.clone()
     pixels[:, y1:y2, x1:x2] = torch.from_numpy(noise)

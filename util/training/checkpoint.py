@@ -26,8 +26,9 @@ class Progress:
     sums: list[dict[str, float]] = field(default_factory=list)  # of this epoch's scalars so far, for each process
     best: float | None = None  # the best evaluation figure, lower is better
     val: dict[str, float] | None = None  # the last evaluation
+    val_epoch: int = 0  # epochs done when it was made
     best_val: dict[str, float] | None = None  # the best one
-    best_epoch: int | None = None  # epochs done when it was made
+    best_epoch: int | None = None  # the same for the best one
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

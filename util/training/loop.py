@@ -55,7 +55,7 @@ class Setup:
     def is_over(self, progress: Progress) -> bool:
         """Whether the last epoch is done, or `patience` epochs brought nothing better."""
         judged = self.patience is not None and progress.best_epoch is not None and progress.step == 0
-        stale = judged and progress.epoch - progress.best_epoch >= self.patience
+        stale = judged and progress.val_epoch - progress.best_epoch >= self.patience
         return stale or progress.epoch >= self.args.epochs
 
 
@@ -276,7 +276,7 @@ class _Trainer:
             setup.run.scalars({f"val/{name}": value for name, value in state.val.items()}, state.global_step)
             figure, aim = setup.best_of
             value = state.val[figure] * (1 if aim == "min" else -1)
-            diverged = not math.isfinite(value)
+            diverged = not all(map(math.isfinite, state.val.values()))
             better = state.best is None or value < state.best
             if better:
                 state.best, state.best_val = value, state.val
@@ -284,6 +284,7 @@ class _Trainer:
         diverged, better = (bool(value) for value in self.world.all_reduce(found, "max").tolist())
         if diverged:
             self._diverged(state.global_step)
+        state.val_epoch = state.epoch
         if better:
             state.best_epoch = state.epoch
         return better

@@ -33,15 +33,18 @@ def transfer_groups(
     model with `blocks`. Biases, norms, tokens and position embeddings do not decay.
     """
     depth = len(getattr(model, "blocks", ()))
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = head_scale if name.startswith("head.") else layer_decay ** (depth + 1 - _layer_of(name, depth))
         decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
-        key = scale, weight_decay if decays else 0.0
-        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": key[1]})
+        layer = depth + 1 if layer_decay == 1 else _layer_of(name, depth)
+        part = "head" if name.startswith("head.") else layer
+        # by what they are, not by their rates: a run that is resumed with other rates has the same groups
+        group = groups.setdefault((part, decays), {"params": []})
         group["params"].append(parameter)
+        group["lr_scale"] = head_scale if part == "head" else layer_decay ** (depth + 1 - layer)
+        group["weight_decay"] = weight_decay if decays else 0.0
     return list(groups.values())
 
 

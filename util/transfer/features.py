@@ -20,6 +20,7 @@ from util.data.loader import StepSampler, in_order, readable
 from util.data.sources import Source
 from util.run.device import autocast, pick_precision, synchronize
 from util.run.dist import World
+from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import write_json
 from util.training.session import Session
@@ -42,7 +43,9 @@ class Features:
     @property
     def readable(self) -> torch.Tensor:
         """(N,) bool."""
-        return ~self.embeddings.isnan().any(dim=1)
+        good = torch.ones(len(self.embeddings), dtype=torch.bool)
+        good[[row for row, *_ in self.bad]] = False
+        return good
 
 
 def cached_features(
@@ -62,8 +65,10 @@ def cached_features(
     """
     precision = pick_precision(here.args.precision, here.device)
     facts = {
-        "version": _VERSION, "weights": weights, "data": source.fingerprint, "images": len(source),
-        "transform": repr(transform), "view": view, "seed": here.args.seed, "precision": precision,
+        "version": _VERSION, "model": here.args.model, "weights": weights, "precision": precision,
+        "pixels": [model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()],
+        "data": source.fingerprint, "images": len(source), "chunk": CHUNK,
+        "transform": repr(transform), "view": view, "seed": here.args.seed,
     }  # fmt: skip
     entry = folder / hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
@@ -81,11 +86,19 @@ def cached_features(
             write_atomically(files[number], lambda path, part=part: _write(path, part))
     here.world.barrier()
     parts = [_read(file) for file in files]
-    return Features(
+    features = Features(
         torch.from_numpy(np.concatenate([part["embeddings"] for part in parts])),
         [tuple(bad) for part in parts for bad in json.loads(str(part["bad"]))],
         float(sum(part["seconds"] for part in parts)),
     )
+    good = features.readable
+    if not good.any():
+        raise UserError(f"none of the {name} can be read, the first: {features.bad[0][1]}: mend them")
+    if not features.embeddings[good].isfinite().all():
+        raise UserError(
+            f"the encoder's embeddings of the {name} are not finite: check --init, or give --precision fp32"
+        )
+    return features
 
 
 @torch.inference_mode()
