@@ -123,6 +123,22 @@ def test_patience_counts_from_the_best_epoch(people, tmp_path):
     assert results["epochs"] == len(figures) == min(12, best + 3)
 
 
+def test_patience_waits_for_an_evaluation(people, tmp_path):
+    argv = ["--epochs", 6, "--patience", 1, "--eval_every", 3, "--lr", 1e-12, "--head_lr", 1e-12]
+    MAINS["finetune"](transfer_flags(people, tmp_path, *argv))
+    assert results_of(tmp_path)["epochs"] == 6 and results_of(tmp_path)["best_epoch"] == 3
+
+
+def test_a_run_goes_on_with_other_rates(people, tmp_path, capsys):
+    MAINS["finetune"](transfer_flags(people, tmp_path, "--max_steps", 2))
+    equal = ["--weight_decay", 0, "--lr", 1e-3, "--head_lr", 1e-3, "--resume", "auto"]
+    MAINS["finetune"](transfer_flags(people, tmp_path, *equal))
+    said = capsys.readouterr().out
+    assert "--weight_decay was" in said and "weights: random" in said.split("resuming")[0]
+    assert "weights:" not in said.split("stopped")[-1].split("resuming")[-1]
+    assert results_of(tmp_path)["finished"]
+
+
 def test_a_run_stopped_by_a_signal_goes_on_exactly(people, tmp_path):
     run = tmp_path / "run"
     argv = transfer_flags(people, run, *MIXED.split(), "--epochs", 2000, "--resume", "auto")
