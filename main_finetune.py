@@ -50,6 +50,8 @@ def finetune(args, here: Session) -> None:
     attach_head(model, vars(args), len(task.classes))
     if not hasattr(model, "blocks") and (args.layer_decay < 1 or args.unfreeze_every):
         raise UserError(f"{args.model} has no transformer blocks: leave out --layer_decay and --unfreeze_every")
+    if args.unfreeze_every and args.patience:
+        raise UserError("--patience could end the run before everything is unfrozen: leave out it or --unfreeze_every")
     stage = None
     if args.unfreeze_every:
         stage = unfreeze_in_stages(model, args.unfreeze_every, args.unfreeze_blocks, ("head.", "fc_norm."))

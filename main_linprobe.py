@@ -19,7 +19,7 @@ from util.data.labels import open_labelled
 from util.run import args as flags
 from util.run.errors import UserError
 from util.training.checkpoint import read_checkpoint
-from util.training.optim import make_optimizer
+from util.training.optim import decay_groups, make_optimizer
 from util.training.pretrained import fingerprint_of
 from util.training.session import Session, fit, script
 from util.transfer.features import FeatureLoader, Features, cached_features
@@ -104,11 +104,11 @@ def probe(args, here: Session) -> None:
         raise UserError("--clip_grad would tie the learning rates of the grid together: leave it out")
     task = open_labelled(args)
     model = start_backbone(vars(args), here.run.say).to(here.device).eval().requires_grad_(False)
-    base = fingerprint_of(model.state_dict())
+    weights = fingerprint_of(model.state_dict())
     cache = Path(args.feature_cache) if args.feature_cache else Path(args.output_dir).parent / "features"
 
     def features(role: str, transform, view: int = 0) -> Features:
-        found = cached_features(here, cache, model, base, getattr(task, role), transform, view, f"{role} images")
+        found = cached_features(here, cache, model, weights, getattr(task, role), transform, view, f"{role} images")
         for _, path, reason in found.bad if role != "train" else ():  # the loop counts those of training
             here.run.say(f"left out of the evaluation: {path}: {reason}")
         return found
@@ -124,13 +124,16 @@ def probe(args, here: Session) -> None:
     heads = Heads([fresh_head() for _ in args.lr_grid]).to(here.device)
     loader = FeatureLoader(
         views, task.labels(task.train), task.train.fingerprint,
-        batch_size=args.batch_size, seed=args.seed, world=here.world,
+        batch_size=args.batch_size, accum_iter=args.accum_iter, seed=args.seed, world=here.world,
     )  # fmt: skip
+    if args.head_norm and loader.batch_size == 1:
+        raise UserError("--head_norm needs batches of two images or more: raise --batch_size, or leave it out")
     lr = base_rate(args, loader.step_images)
     choice = Choice(val, torch.from_numpy(task.labels(task.val)), [lr * factor for factor in args.lr_grid], here.device)
     groups = [
-        {"params": list(head.parameters()), "lr_scale": factor, "weight_decay": args.weight_decay}
+        {**group, "lr_scale": factor}
         for head, factor in zip(heads.heads, args.lr_grid, strict=True)
+        for group in decay_groups(head.named_parameters(), args.weight_decay)
     ]
     started = time.perf_counter()
     results = fit(
@@ -145,10 +148,12 @@ def probe(args, here: Session) -> None:
         best_of=("top1", "max"),
         patience=args.patience,
         best_state=lambda: {f"head.{name}": value for name, value in heads.heads[choice.best].state_dict().items()},
-        notes={"classes": list(task.classes), "base": base},
+        notes={"classes": list(task.classes), "base": model.origin},
     )
     seconds = time.perf_counter() - started
-    test = features("test", still) if results and task.test is not None else None  # all processes share this work
+    test = None
+    if results and results["finished"] and task.test is not None:
+        test = features("test", still)  # by all processes together
     if not results or not here.world.is_main:
         return
     head = fresh_head()
@@ -156,16 +161,21 @@ def probe(args, here: Session) -> None:
     results["total_params"] = sum(parameter.numel() for parameter in model.parameters())
     results["classes"] = len(task.classes)
     results["val"] = results.pop("best_val")
+    # as one would compare it with the other methods: the encoder's work counts
+    cost = sum(view.seconds for view in views) + results["train_seconds"]
+    results["seconds_per_epoch"] = cost / max(results["epochs"], 1)
+    results["images_per_s"] = results["images_seen"] / cost
+    results["peak_memory_bytes"] = max(results["peak_memory_bytes"], *(view.peak_memory_bytes for view in views))
     results["encoder_pass_seconds"] = views[0].seconds
     results["heads_seconds"] = None if here.resume_from else seconds
-    if not here.resume_from:  # else a part of the time was spent in another process
+    if results["finished"] and not here.resume_from:  # else a part of the time was spent in another process
         rerun = results["epochs"] * views[0].seconds
         results["speedup_over_rerunning"] = rerun / (sum(view.seconds for view in views) + seconds)
         here.run.say(
             f"{results['epochs']} epochs cost {args.views} passes of the encoder and {seconds:.1f} s: "
             f"{results['speedup_over_rerunning']:.1f} times less than running it in every epoch"
         )
-    if results["finished"] and test is not None:
+    if test is not None:
         labels = torch.from_numpy(task.labels(task.test))
         model.load_state_dict({**model.state_dict(), **read_checkpoint(here.run.best)["model"]})
         good = test.readable

@@ -1,7 +1,7 @@
 """LoRA on anime characters (arXiv 2106.09685): a frozen encoder with small trained adapters, and a head.
 
 python main_lora.py --data_path DIR --model vit_base_patch16 --init W --rank 8 --output_dir RUN
-python -m util.transfer.export --help       # a plain backbone with the adapters in its weights, or a PEFT folder
+python scripts/export.py --help       # a plain network with the adapters in its weights, or a PEFT folder
 """
 
 from dataclasses import asdict
@@ -10,7 +10,6 @@ from models_transfer import MODEL_NAMES, attach_head, start_backbone
 from util.data.labels import open_labelled
 from util.run import args as flags
 from util.training.optim import transfer_groups
-from util.training.pretrained import fingerprint_of
 from util.training.session import Session, script
 from util.transfer.lora import TARGETS, LoRAConfig, add_lora, count_parameters, is_adapter
 from util.transfer.recipe import add_training_args, add_transfer_args, transfer
@@ -48,7 +47,6 @@ def adapt(args, here: Session) -> None:
     config.validate()
     task = open_labelled(args)
     model = start_backbone(vars(args), here.run.say)
-    base = fingerprint_of(model.state_dict())
     full = sum(parameter.numel() for parameter in model.parameters())
     add_lora(model, config)
     attach_head(model, vars(args), len(task.classes))
@@ -64,7 +62,7 @@ def adapt(args, here: Session) -> None:
         model,
         lambda lr: transfer_groups(model, args.weight_decay, head_scale=args.head_lr / lr),
         saved=lambda name: is_adapter(name) or name.startswith("head."),
-        notes={"base": base, "lora": asdict(config)},
+        notes={"base": model.origin, "lora": asdict(config)},
     )
 
 

@@ -60,3 +60,12 @@ class TimmBackbone(Backbone):
                     f"{weights.source} is a checkpoint of another or a deeper network: it also holds {name}"
                 )
         self.net.load_state_dict({name: state[name] for name in own})
+
+
+def has_statistics(name: str, model: Backbone) -> bool:
+    """Whether timm gives the network `name` the pixel statistics that a model takes out."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    own = (*model.pixel_mean.flatten().tolist(), *model.pixel_std.flatten().tolist())
+    return all(abs(a - b) < 1e-3 for a, b in zip((*config.mean, *config.std), own, strict=True))

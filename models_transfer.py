@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models_baseline import TimmBackbone
+from models_baseline import TimmBackbone, has_statistics
 from models_vit import VIT_MODELS, Backbone, build_vit
 from util.run.args import height_width
 from util.run.errors import UserError
@@ -28,24 +28,30 @@ def start_backbone(args: dict, say: Callable[[str], None] | None = None, *, weig
 
     args: "model", "init", "input_size" (px), "global_pool", "seed" and optionally "drop_path". say: told where the
     weights come from. weights: False leaves random ones, for a model whose weights lie in a checkpoint.
+    The result's `origin` is the fingerprint of the weights as they came, or "random": a re-sampled position
+    embedding and random numbers differ in their last bits from one kind of processor to another.
     """
     torch.manual_seed(args["seed"])
     size, name, drop_path = height_width(args["input_size"]), args["model"], args.get("drop_path") or 0.0
     is_timm = name.startswith("timm:")
+    if is_timm and not args["global_pool"]:
+        raise UserError(f"{name} pools in its own way: leave out --cls_token")
     if is_timm:
         model = TimmBackbone(name.removeprefix("timm:"), size, drop_path)
     else:
         model = build_vit(name, img_size=size, global_pool=args["global_pool"], drop_path=drop_path)
-    source = "random (no --init)"
+    source = model.origin = "random"
     if weights and args["init"]:
         found = load_weights(args["init"], official_names=not is_timm)
-        source = found.source
+        source, model.origin = found.source, fingerprint_of(found.state)
         if is_timm:
             model.load(found)
+        elif found.kind == "timm" and not has_statistics(args["init"].removeprefix("timm:"), model):
+            raise UserError(f"{args['init']} was trained on other pixel statistics: give it as --model too")
         elif missing := load_pretrained(model, found, optional=("norm.", "fc_norm.")):
             source += f"; it has no {', '.join(sorted({name.split('.')[0] for name in missing}))}: fresh"
     if weights and say:
-        say(f"weights: {source}")
+        say(f"weights: {source}" + ("" if args["init"] else " (no --init)"))
     return model
 
 
@@ -75,7 +81,7 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
     args, state, classes = checkpoint["args"], checkpoint["model"], tuple(checkpoint["classes"])
     on_base = "base" in checkpoint
     model = start_backbone(args, weights=on_base)
-    if on_base and fingerprint_of(model.state_dict()) != checkpoint["base"]:
+    if on_base and model.origin != checkpoint["base"]:
         raise UserError(
             f"{path} was trained on other start weights than {args['init'] or 'the random ones made here'}: "
             "put back the file that --init named then"

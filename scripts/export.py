@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     if not args.out and not args.peft:
         raise UserError("nothing to write: give --out FILE.safetensors, --peft FOLDER, or both")
+    if args.out and Path(args.out).suffix != ".safetensors":
+        raise UserError(f"--out {args.out} does not end in .safetensors: name it so, that others know its format")
     trained = load_transferred(args.ckpt)
     if args.peft:
         if trained.lora is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models_vit import VisionTransformer
 from util.data.augment import EvalCrop, TrainCrop, TrainView, to_unit
@@ -97,6 +98,15 @@ def test_embeddings_are_those_of_the_transformed_pictures(bench, transform, view
 def test_random_views_differ(bench):
     first, second = bench(VIEW, 0).embeddings, bench(VIEW, 1).embeddings
     assert ((first - second).abs().amax(dim=1) > 1e-3).all()
+
+
+def test_a_replaced_picture_is_seen(bench):
+    first = bench()
+    pixels = np.array(Image.open(bench.source.manifest.path(3)))
+    Image.fromarray(255 - pixels).save(bench.source.manifest.path(3))
+    second = bench()
+    assert not torch.equal(first.embeddings[3], second.embeddings[3])
+    assert torch.equal(first.embeddings[:3], second.embeddings[:3])
 
 
 def test_the_second_call_reads_the_same_bits_without_the_network(bench):

@@ -88,7 +88,10 @@ def test_recipes_that_cannot_be(people, tmp_path, capsys):
     assert "--lr_grid" in refusal("linprobe", "--lr_grid", 0)
     assert "--clip_grad" in refusal("linprobe", "--clip_grad", 1)
     assert "arcface" in refusal("linprobe", "--head", "arcface")
-    assert "--batch_size" in refusal("finetune", "--batch_size", 64)
+    assert "--margin_warmup" in refusal("finetune", "--margin_warmup", 2)
+    assert "--unfreeze_every" in refusal("finetune", "--patience", 1, "--unfreeze_every", 1)
+    assert "--cls_token" in refusal("finetune", *timm, "--cls_token")
+    assert "--head_norm" in refusal("linprobe", "--head_norm", "--batch_size", 1)
 
 
 @pytest.mark.parametrize("script, more", [("finetune", []), ("lora", ["--rank", 2]), ("linprobe", [])])

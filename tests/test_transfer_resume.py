@@ -123,6 +123,28 @@ def test_patience_counts_from_the_best_epoch(people, tmp_path):
     assert results["epochs"] == len(figures) == min(12, best + 3)
 
 
+@pytest.mark.parametrize("script", ["finetune", "linprobe"])
+def test_a_run_that_goes_on_elsewhere_takes_its_best_along(people, tmp_path, capsys, script):
+    still = ["--lr", 1e-12] + (["--head_lr", 1e-12] if script == "finetune" else [])
+    MAINS[script](transfer_flags(people, tmp_path / "old", *still, "--max_steps", 7))
+    last = tmp_path / "old" / "checkpoint-last.pth"
+    MAINS[script](transfer_flags(people, tmp_path / "new", *still, "--resume", last))
+    assert results_of(tmp_path / "new")["finished"] and results_of(tmp_path / "new")["best_epoch"] == 1
+    (tmp_path / "old" / "checkpoint-best.pth").unlink()
+    MAINS[script](transfer_flags(people, tmp_path / "newer", *still, "--resume", last))
+    assert "looked for anew" in capsys.readouterr().out
+    assert results_of(tmp_path / "newer")["best_epoch"] == 2
+
+
+def test_batches_are_no_larger_than_the_data(people, tmp_path, capsys):
+    MAINS["lora"](transfer_flags(people, tmp_path / "lora", "--batch_size", 512))
+    MAINS["linprobe"](transfer_flags(people, tmp_path / "probe", "--batch_size", 512, "--accum_iter", 2))
+    assert "training images" in capsys.readouterr().out
+    for run in ("lora", "probe"):
+        results = results_of(tmp_path / run)
+        assert results["finished"] and results["train_images"] == 48 and results["steps"] == results["epochs"]
+
+
 def test_patience_waits_for_an_evaluation(people, tmp_path):
     argv = ["--epochs", 6, "--patience", 1, "--eval_every", 3, "--lr", 1e-12, "--head_lr", 1e-12]
     MAINS["finetune"](transfer_flags(people, tmp_path, *argv))

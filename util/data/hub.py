@@ -72,6 +72,10 @@ class HubSource:
         row = int(self.rows[i])
         return self.columns.record(self._facts[row] if self._facts else {}, f"{self.split}/{row}", self.split)
 
+    def stamp(self) -> str:
+        """The fingerprint: the library's cache holds the pictures themselves."""
+        return self.fingerprint
+
     def column(self, name: str) -> list:
         """One column of the manifest for all samples."""
         return [self.record(i)[name] for i in range(len(self))]

@@ -79,8 +79,8 @@ def _check_classes(args: argparse.Namespace, classes: tuple[str, ...], others: d
         strangers = sorted(set(source.column("identity")) - set(classes))
         if strangers:
             raise UserError(
-                f"{args.data_path}: {strangers[0]!r} is in {role} but has no training image "
-                f"({len(strangers)} such identities): move it to open_{role} or novel, or add training images"
+                f"{args.data_path}: {strangers[0]!r} is in {role} but has no training image ({len(strangers)} such "
+                f"identities): move it to open_{role} or novel, add training images, or lower --val_fraction"
             )
 
 

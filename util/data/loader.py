@@ -195,6 +195,11 @@ class StreamLoader:
         _end_workers(self._batches)
 
 
+def fitting(batch_size: int, accum_iter: int, images: int, world: World) -> int:
+    """The batch size per process, lowered to what the images suffice for; at least 1."""
+    return max(1, min(batch_size, images // (accum_iter * world.size)))
+
+
 def loader_options(args, world: World, device: torch.device) -> dict:
     """What the flags say of any loader."""
     return {

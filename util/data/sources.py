@@ -44,6 +44,10 @@ class Source(Protocol):
         """One column of the manifest for all samples, None where the value is not known."""
         ...
 
+    def stamp(self) -> str:
+        """16 hex digits that change when a picture is replaced, under whatever name."""
+        ...
+
     def load(self, i: int) -> Image.Image:
         """The picture of sample `i`, RGB. Raises BadImage where it cannot be decoded."""
         ...
@@ -66,6 +70,17 @@ class FolderSource:
     def column(self, name: str) -> list:
         """One column of the manifest, in row order."""
         return self.manifest.table.column(name).to_pylist()
+
+    def stamp(self) -> str:
+        """16 hex digits from the size and the time of every file."""
+        digest = hashlib.blake2b(digest_size=8)
+        for i in range(len(self)):
+            try:
+                found = os.stat(self.manifest.path(i))
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\0".encode())
+            except OSError:
+                digest.update(b"missing\0")
+        return digest.hexdigest()
 
     def load(self, i: int) -> Image.Image:
         """The picture of row `i`, RGB. Raises BadImage where it cannot be decoded."""
@@ -91,6 +106,10 @@ class Subset:
         """One column of the manifest for the chosen samples."""
         values = self.source.column(name)
         return [values[i] for i in self.chosen]
+
+    def stamp(self) -> str:
+        """That of the whole source."""
+        return self.source.stamp()
 
     def load(self, i: int) -> Image.Image:
         """The picture of the sample."""

@@ -121,12 +121,15 @@ def add_optim_args(
     group.add_argument("--epochs", type=count, default=epochs, help="passes over the training set")
     group.add_argument("--max_steps", type=count, default=None, help="end this process after N optimizer steps")
     group.add_argument("--accum_iter", type=count, default=1, help="batches whose gradients are added up per step")
-    group.add_argument("--lr", type=positive, default=lr, help="learning rate, absolute; in place of --blr")
+    instead = "; given, it takes the place of --{}"
+    group.add_argument(
+        "--lr", type=positive, default=lr, help="learning rate, absolute" + instead.format("blr") * (lr is None)
+    )
     group.add_argument(
         "--blr",
         type=positive,
         default=blr,
-        help="learning rate per 256 images of the effective batch; in place of --lr",
+        help="learning rate per 256 images of the effective batch" + instead.format("lr") * (blr is None),
     )
     group.add_argument("--min_lr", type=rate, default=min_lr, help="learning rate that the cosine ends at, absolute")
     group.add_argument("--warmup_epochs", type=rate, default=warmup_epochs, help="epochs of linear warm-up")

@@ -78,7 +78,11 @@ def load_weights(spec: str, *, official_names: bool = True) -> Weights:
     try:
         return replace(weights, state=to_official(weights.state))
     except ValueError as error:
-        raise UserError(f"{weights.source} holds no encoder of a masked autoencoder: {error}") from error
+        if weights.kind == "timm":
+            raise UserError(f"{weights.source} is no plain vision transformer: {error}") from error
+        trained = any("lora_" in name or name.startswith("head.") for name in weights.state)
+        remedy = "; a LoRA or probe checkpoint has to go through scripts/export.py first" if trained else ""
+        raise UserError(f"{weights.source} holds no encoder of a masked autoencoder: {error}{remedy}") from error
 
 
 def _from_path(path: Path) -> Weights:
@@ -99,13 +103,17 @@ def _from_file(path: Path, kind: str, source: str | None = None) -> Weights:
     return Weights(state, _args_of(content, path), source, kind)
 
 
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
+def _read_safetensors(path: Path) -> dict:
+    """The tensors of a file; where its metadata has our flags, {"model": tensors, "args": flags}."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            args = json.loads((file.metadata() or {}).get("args", "null"))
+        return {"model": state, "args": args} if isinstance(args, dict) else state
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({_reason(error)})") from error
 
 

@@ -327,6 +327,7 @@ class _Trainer:
             "images_per_s": images / self.state.seconds if self.state.seconds else None,
             "epochs": self.state.epoch,
             "steps": self.state.global_step,
+            "train_images": self.setup.loader.images,
             "images_seen": images,
             "train_seconds": self.state.seconds,
             "finished": self._is_over(),

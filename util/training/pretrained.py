@@ -36,10 +36,12 @@ def load_pretrained(model: nn.Module, weights: Weights, optional: tuple[str, ...
     lost = [name for name in missing if not name.startswith(optional)]
     if lost:
         raise UserError(f"{weights.source} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder")
-    stacks = {f"{name.split('.')[0]}." for name in own if name.startswith(("blocks.", "decoder_blocks."))}
-    extra = [name for name in weights.state if name not in own and name.startswith(tuple(stacks))]
+    left = ("head", "norm.", "fc_norm.") + (() if "mask_token" in own else ("decoder", "mask_token"))
+    extra = [name for name in weights.state if name not in own and not name.startswith(left)]
     if extra:
-        raise UserError(f"{weights.source} is a checkpoint of a deeper model (it holds {extra[0]}); choose its --model")
+        raise UserError(
+            f"{weights.source} is a checkpoint of a deeper or another model (it holds {extra[0]}): choose its --model"
+        )
     model.load_state_dict({**{name: own[name] for name in missing}, **state})
     return missing
 

@@ -1,6 +1,7 @@
 """What every training script does around its recipe: processes and run folder before, resuming and results after."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from util.run.device import grad_scaler, pick_device, pick_precision
 from util.run.dist import World, join, leave, read_world
 from util.run.errors import cli
+from util.run.files import write_atomically
 from util.run.log import RunFolder, provenance
 from util.training.checkpoint import Progress, plain_args, restore
 from util.training.faults import Stopped
@@ -79,6 +81,8 @@ def fit(here: Session, headline: str, **parts) -> dict | None:
             here.resume_from, setup.model, setup.optimizer, scaler, plain_args(args), setup.loader, run.say,
             saved=setup.saved, notes=setup.notes,
         )  # fmt: skip
+        if progress.best_epoch is not None and here.resume_from.parent.resolve() != run.path.resolve():
+            _bring_best(here, progress)
     if run.is_finished() and progress.global_step and setup.is_over(progress):
         run.say(f"{run.path} is finished: {progress.epoch} epochs are done")
         return None
@@ -90,3 +94,13 @@ def fit(here: Session, headline: str, **parts) -> dict | None:
     )
     results = train(setup, progress)
     return {**results, **provenance(plain_args(args), here.device, loader.fingerprint)}
+
+
+def _bring_best(here: Session, progress: Progress) -> None:
+    """A run that goes on in another folder takes its best checkpoint along; without one, the next best counts."""
+    best = here.resume_from.with_name(here.run.best.name)
+    if not best.is_file():
+        here.run.say(f"warning: there is no {best}: the best checkpoint is looked for anew")
+        progress.best = progress.best_val = progress.best_epoch = None
+    elif here.world.is_main:
+        write_atomically(here.run.best, lambda part: shutil.copyfile(best, part))

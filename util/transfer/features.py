@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from util.data.augment import to_unit
-from util.data.loader import StepSampler, in_order, readable
+from util.data.loader import StepSampler, fitting, in_order, readable
 from util.data.sources import Source
-from util.run.device import autocast, pick_precision, synchronize
+from util.run.device import autocast, peak_memory_bytes, pick_precision, synchronize
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.files import write_atomically
@@ -33,12 +33,13 @@ _VERSION = 1  # of what this file does with the pictures
 class Features:
     """One view of a data set. embeddings: (N, D) float32, a row of NaN where the image is damaged.
 
-    bad: (row, path, reason) of those. seconds: what decoding and encoding took, whenever that was.
+    bad: (row, path, reason) of those. seconds, peak_memory_bytes: what decoding and encoding took, whenever that was.
     """
 
     embeddings: torch.Tensor
     bad: list[tuple[int, str, str]]
     seconds: float
+    peak_memory_bytes: int = 0
 
     @property
     def readable(self) -> torch.Tensor:
@@ -67,7 +68,7 @@ def cached_features(
     facts = {
         "version": _VERSION, "model": here.args.model, "weights": weights, "precision": precision,
         "pixels": [model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()],
-        "data": source.fingerprint, "images": len(source), "chunk": CHUNK,
+        "data": source.fingerprint, "files": source.stamp(), "images": len(source), "chunk": CHUNK,
         "transform": repr(transform), "view": view, "seed": here.args.seed,
     }  # fmt: skip
     entry = folder / hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -90,6 +91,7 @@ def cached_features(
         torch.from_numpy(np.concatenate([part["embeddings"] for part in parts])),
         [tuple(bad) for part in parts for bad in json.loads(str(part["bad"]))],
         float(sum(part["seconds"] for part in parts)),
+        int(max(part["peak"] for part in parts)),
     )
     good = features.readable
     if not good.any():
@@ -118,7 +120,12 @@ def _compute(here: Session, model, precision: str, source: Source, transform, vi
     synchronize(here.device)
     own = [entry for row, entry in sorted(bad.items()) if row in rows]
     seconds = time.perf_counter() - started
-    return {"embeddings": torch.cat(parts).numpy(), "bad": np.array(json.dumps(own)), "seconds": np.array(seconds)}
+    return {
+        "embeddings": torch.cat(parts).numpy(),
+        "bad": np.array(json.dumps(own)),
+        "seconds": np.array(seconds),
+        "peak": np.array(peak_memory_bytes(here.device)),
+    }
 
 
 def _write(path: Path, part: dict) -> None:
@@ -130,7 +137,7 @@ def _read(path: Path) -> dict | None:
     """A chunk, or None where there is none or it is damaged: it is computed then."""
     try:
         with np.load(path, allow_pickle=False) as part:
-            return {name: part[name] for name in ("embeddings", "bad", "seconds")}
+            return {name: part[name] for name in ("embeddings", "bad", "seconds", "peak")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -139,14 +146,19 @@ class FeatureLoader:
     """Batches of cached features for the training loop: epoch e reads view e modulo the number of views.
 
     labels: (N,) int64, for the rows of every view. Rows that are damaged in a view, hence in all, are left out.
+    Batches are no larger than the data allows.
     """
 
-    def __init__(self, views: list[Features], labels: np.ndarray, fingerprint: str, *, batch_size, seed, world: World):
+    def __init__(
+        self, views: list[Features], labels: np.ndarray, fingerprint: str,
+        *, batch_size: int, seed: int, world: World, accum_iter: int = 1,
+    ):  # fmt: skip
         good = views[0].readable
         self.views = [view.embeddings[good] for view in views]
         self.labels = torch.from_numpy(labels)[good]
         self.bad, self.images, self.fingerprint = views[0].bad, len(labels), fingerprint
-        self._sampler = StepSampler(len(self.labels), min(batch_size, len(self.labels)), 1, seed, world)
+        self.batch_size = fitting(batch_size, accum_iter, len(self.labels), world)
+        self._sampler = StepSampler(len(self.labels), self.batch_size, accum_iter, seed, world)
         self.steps, self.step_images = self._sampler.steps, self._sampler.step_images
 
     def enter(self, epoch: int, step: int) -> Iterator[dict]:

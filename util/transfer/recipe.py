@@ -14,7 +14,7 @@ from torch import nn
 from util.benchmark.identification import classification_scores
 from util.data.augment import EvalCrop, TrainCrop, TrainView, to_unit
 from util.data.labels import Labelled
-from util.data.loader import TrainLoader, in_order, loader_options, readable
+from util.data.loader import TrainLoader, fitting, in_order, loader_options, readable
 from util.data.sources import Source
 from util.run import args as flags
 from util.run.device import autocast, pick_precision
@@ -99,6 +99,8 @@ def classification_step(args: argparse.Namespace, head: nn.Module, classes: int)
     """step_fn of a backbone with a head: cross-entropy over the classes."""
     mix = _mixer(args, classes)
     takes_labels = isinstance(head, MarginHead)
+    if args.margin_warmup and not takes_labels:
+        raise UserError(f"--head {args.head} has no margin: leave out --margin_warmup")
     if mix and takes_labels:
         raise UserError(f"--head {args.head} needs one true class per image: leave out --mixup and --cutmix")
 
@@ -173,7 +175,11 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
     """
     args, device = here.args, here.device
     model = model.to(device)
-    loader = TrainLoader(task.train, train_view(args), classes=task.numbers, **loader_options(args, here.world, device))
+    options = loader_options(args, here.world, device)
+    options["batch_size"] = fitting(args.batch_size, args.accum_iter, len(task.train), here.world)
+    if options["batch_size"] < args.batch_size:
+        here.run.say(f"batches of {options['batch_size']}: there are only {len(task.train)} training images")
+    loader = TrainLoader(task.train, train_view(args), classes=task.numbers, **options)
     lr = base_rate(args, loader.step_images)
     parts["notes"] = {"classes": list(task.classes), **parts.get("notes", {})}
     results = fit(
