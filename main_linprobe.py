@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models_transfer import MODEL_NAMES, attach_head, start_backbone
+from models_vit import Backbone
 from util.data.augment import EvalCrop
-from util.data.labels import open_labelled
+from util.data.labels import Labelled, open_labelled
 from util.run import args as flags
 from util.run.errors import UserError
 from util.training.checkpoint import read_checkpoint
@@ -96,6 +97,36 @@ class Choice:
         return {**score(logits[self.best], self.labels), "lr": self.rates[self.best]}
 
 
+class Frozen:
+    """The embeddings of a task's images by a frozen encoder, from the cache or computed into it."""
+
+    def __init__(self, here: Session, task: Labelled, model: Backbone):
+        args = here.args
+        self.here, self.task, self.model, self.weights = here, task, model, fingerprint_of(model.state_dict())
+        self.cache = Path(args.feature_cache) if args.feature_cache else Path(args.output_dir).parent / "features"
+
+    def views(self, count: int) -> list[Features]:
+        """Random views of the training images."""
+        return [self._features("train", train_view(self.here.args), view) for view in range(count)]
+
+    def held_out(self, role: str) -> Features:
+        """The one view of the "val" or "test" images; damaged ones are named."""
+        features = self._features(role, EvalCrop(flags.height_width(self.here.args.input_size)))
+        for _, path, reason in features.bad:
+            self.here.run.say(f"left out of the evaluation: {path}: {reason}")
+        return features
+
+    def labels(self, role: str) -> torch.Tensor:
+        """Class numbers (N,) int64."""
+        return torch.from_numpy(self.task.labels(getattr(self.task, role)))
+
+    def _features(self, role: str, transform, view: int = 0) -> Features:
+        source = getattr(self.task, role)
+        return cached_features(
+            self.here, self.cache, self.model, self.weights, source, transform, view, f"{role} images"
+        )
+
+
 def probe(args, here: Session) -> None:
     """Data, frozen encoder, its embeddings, and heads at several rates on them."""
     if len(args.lr_grid) > MOST_RATES:
@@ -104,32 +135,17 @@ def probe(args, here: Session) -> None:
         raise UserError("--clip_grad would tie the learning rates of the grid together: leave it out")
     task = open_labelled(args)
     model = start_backbone(vars(args), here.run.say).to(here.device).eval().requires_grad_(False)
-    weights = fingerprint_of(model.state_dict())
-    cache = Path(args.feature_cache) if args.feature_cache else Path(args.output_dir).parent / "features"
-
-    def features(role: str, transform, view: int = 0) -> Features:
-        found = cached_features(here, cache, model, weights, getattr(task, role), transform, view, f"{role} images")
-        for _, path, reason in found.bad if role != "train" else ():  # the loop counts those of training
-            here.run.say(f"left out of the evaluation: {path}: {reason}")
-        return found
-
-    still = EvalCrop(flags.height_width(args.input_size))
-    views = [features("train", train_view(args), view) for view in range(args.views)]
-    val = features("val", still)
-
-    def fresh_head() -> nn.Module:
-        attach_head(model, vars(args), len(task.classes))
-        return model.head
-
-    heads = Heads([fresh_head() for _ in args.lr_grid]).to(here.device)
+    frozen = Frozen(here, task, model)
+    views = frozen.views(args.views)
     loader = FeatureLoader(
-        views, task.labels(task.train), task.train.fingerprint,
+        views, frozen.labels("train").numpy(), task.train.fingerprint,
         batch_size=args.batch_size, accum_iter=args.accum_iter, seed=args.seed, world=here.world,
     )  # fmt: skip
     if args.head_norm and loader.batch_size == 1:
         raise UserError("--head_norm needs batches of two images or more: raise --batch_size, or leave it out")
     lr = base_rate(args, loader.step_images)
-    choice = Choice(val, torch.from_numpy(task.labels(task.val)), [lr * factor for factor in args.lr_grid], here.device)
+    heads = Heads([attach_head(model, vars(args), len(task.classes)) for _ in args.lr_grid]).to(here.device)
+    choice = Choice(frozen.held_out("val"), frozen.labels("val"), [lr * x for x in args.lr_grid], here.device)
     groups = [
         {**group, "lr_scale": factor}
         for head, factor in zip(heads.heads, args.lr_grid, strict=True)
@@ -150,39 +166,47 @@ def probe(args, here: Session) -> None:
         best_state=lambda: {f"head.{name}": value for name, value in heads.heads[choice.best].state_dict().items()},
         notes={"classes": list(task.classes), "base": model.origin},
     )
-    seconds = time.perf_counter() - started
-    test = None
-    if results and results["finished"] and task.test is not None:
-        test = features("test", still)  # by all processes together
-    if not results or not here.world.is_main:
-        return
-    head = fresh_head()
-    results["trainable_params"] = sum(parameter.numel() for parameter in head.parameters())
-    results["total_params"] = sum(parameter.numel() for parameter in model.parameters())
-    results["classes"] = len(task.classes)
-    results["val"] = results.pop("best_val")
-    # as one would compare it with the other methods: the encoder's work counts
-    cost = sum(view.seconds for view in views) + results["train_seconds"]
-    results["seconds_per_epoch"] = cost / max(results["epochs"], 1)
-    results["images_per_s"] = results["images_seen"] / cost
-    results["peak_memory_bytes"] = max(results["peak_memory_bytes"], *(view.peak_memory_bytes for view in views))
-    results["encoder_pass_seconds"] = views[0].seconds
-    results["heads_seconds"] = None if here.resume_from else seconds
+    if results:
+        results |= costs(here, model, views, results, time.perf_counter() - started)
+        if results["finished"] and task.test is not None:
+            results["test"] = test_best(here, frozen)
+        report(here, task, results)
+
+
+def costs(here: Session, model: Backbone, views: list[Features], results: dict, seconds: float) -> dict:
+    """What a probe costs, as one would compare it with the other methods: the encoder's passes count.
+
+    results: what the loop says of the heads. seconds: what their training took in this process, all in all.
+    """
+    encoder = sum(view.seconds for view in views)
+    total, epochs = encoder + results["train_seconds"], results["epochs"]
+    figures = {
+        "trainable_params": sum(parameter.numel() for parameter in model.head.parameters()),
+        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds_per_epoch": total / max(epochs, 1),
+        "images_per_s": results["images_seen"] / total,
+        "peak_memory_bytes": max(results["peak_memory_bytes"], *(view.peak_memory_bytes for view in views)),
+        "encoder_pass_seconds": views[0].seconds,
+    }
     if results["finished"] and not here.resume_from:  # else a part of the time was spent in another process
-        rerun = results["epochs"] * views[0].seconds
-        results["speedup_over_rerunning"] = rerun / (sum(view.seconds for view in views) + seconds)
+        figures["heads_seconds"] = seconds
+        figures["speedup_over_rerunning"] = epochs * views[0].seconds / (encoder + seconds)
         here.run.say(
-            f"{results['epochs']} epochs cost {args.views} passes of the encoder and {seconds:.1f} s: "
-            f"{results['speedup_over_rerunning']:.1f} times less than running it in every epoch"
+            f"{epochs} epochs cost {len(views)} passes of the encoder and {seconds:.1f} s: "
+            f"{figures['speedup_over_rerunning']:.1f} times less than running it in every epoch"
         )
-    if test is not None:
-        labels = torch.from_numpy(task.labels(task.test))
-        model.load_state_dict({**model.state_dict(), **read_checkpoint(here.run.best)["model"]})
-        good = test.readable
-        with torch.inference_mode():
-            scores = model.head.to(here.device).eval()(test.embeddings[good].to(here.device))
-        results["test"] = score(scores.float().cpu(), labels[good])
-    report(here, results)
+    return figures
+
+
+@torch.inference_mode()
+def test_best(here: Session, frozen: Frozen) -> dict[str, float]:
+    """The figures of the best head on the test images; all processes share the work of embedding them."""
+    features, model = frozen.held_out("test"), frozen.model
+    here.world.barrier()  # the main process may still be writing the checkpoint
+    model.load_state_dict({**model.state_dict(), **read_checkpoint(here.run.best)["model"]})
+    good = features.readable
+    scores = model.head.to(here.device).eval()(features.embeddings[good].to(here.device))
+    return score(scores.float().cpu(), frozen.labels("test")[good])
 
 
 main = script(get_args, probe)

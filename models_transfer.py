@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models_baseline import TimmBackbone, has_statistics
 from models_vit import VIT_MODELS, Backbone, build_vit
@@ -98,8 +99,8 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
     return Transferred(model.to(device).eval(), classes, args, config)
 
 
-def attach_head(model: Backbone, args: dict, classes: int) -> None:
-    """Put a fresh head for a number of classes on a backbone, as the flags describe it."""
+def attach_head(model: Backbone, args: dict, classes: int) -> nn.Module:
+    """Put a fresh head for a number of classes on a backbone, as the flags describe it; returns the head."""
     torch.manual_seed(args["seed"])
     model.head = build_head(
         args["head"],
@@ -109,3 +110,4 @@ def attach_head(model: Backbone, args: dict, classes: int) -> None:
         scale=args.get("scale"),
         margin=args.get("margin"),
     )
+    return model.head

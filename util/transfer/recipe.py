@@ -195,14 +195,12 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
         patience=args.patience,
         **parts,
     )
-    if results and here.world.is_main:
-        results["classes"] = len(task.classes)
-        results["val"] = results.pop("best_val")
-        if results["finished"] and task.test is not None:
+    if results:
+        if results["finished"] and task.test is not None and here.world.is_main:
             best = read_checkpoint(here.run.best)["model"]
             model.load_state_dict({**model.state_dict(), **best})
             results["test"] = Validation(here, task, task.test)(model)
-        report(here, results)
+        report(here, task, results)
 
 
 def base_rate(args: argparse.Namespace, step_images: int) -> float:
@@ -215,9 +213,10 @@ def cosine(args: argparse.Namespace, lr: float, steps: int) -> WarmupCosine:
     return WarmupCosine(lr, min(args.min_lr, lr), round(args.warmup_epochs * steps), args.epochs * steps)
 
 
-def report(here: Session, results: dict) -> None:
+def report(here: Session, task: Labelled, results: dict) -> None:
     """Write results.json, and say the figures that count."""
+    results |= {"classes": len(task.classes), "val": results.pop("best_val")}
     here.run.results(results)
     for role in ("val", "test"):
         if figures := results.get(role):
-            here.run.say(f"{role}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+            here.run.say(f"{role}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
