@@ -186,8 +186,11 @@ def test_a_stopped_grid_goes_on_where_it_was(fake, tmp_path, signum):
     meeting.mkdir()  # both begin their first epoch together
     command = ["--out", out, "--command", f"slow: {fake} --epochs 2 --pause 1 --meet {meeting}", "--jobs", 2]
     command += ["--command", f"fast: {fake} --epochs 5 --pause 0.2 --meet {meeting}", "--vary", "fast:seed=0,1"]
-    process = subprocess.Popen([sys.executable, "-m", "util.run.grid", *map(str, command)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "util.run.grid", *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        # where the tests run in the background, SIGINT is ignored, and the grid would respect that
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
+    )  # fmt: skip
     slow, fast, third = out / "slow", out / "fast" / "seed=0", out / "fast" / "seed=1"
     end = time.monotonic() + 30
     while not ((slow / "epochs.txt").exists() and (fast / "state.json").exists()) and time.monotonic() < end:
