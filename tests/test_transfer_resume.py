@@ -82,7 +82,7 @@ def test_the_recipes_are_what_their_names_say(whole):
         name.startswith(("head.", "fc_norm.", "blocks.4.", "blocks.5.")) for name in weights
     )
     assert whole("mixed")[3][0]["train_loss"] != whole("in stages")[3][0]["train_loss"]
-    assert len(whole("probe")[1]["param_groups"]) == 2
+    assert len(whole("probe")[1]["param_groups"]) == 4  # weights and biases of two heads
     assert whole("curricular")[2]["step_images"] == 16
 
 
