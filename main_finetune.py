@@ -32,13 +32,7 @@ def get_args(argv: list[str] | None = None):
         "--layer_decay", type=flags.fraction, default=1.0, help="rate of a layer against the one above, 0..1"
     )
     group.add_argument("--drop_path", type=flags.ratio, default=0.0, help="stochastic depth of the last block, 0..1")
-    group.add_argument(
-        "--unfreeze_every",
-        type=flags.count0,
-        default=0,
-        help="epochs per stage of progressive unfreezing, the head first; 0: train all",
-    )
-    group.add_argument("--unfreeze_blocks", type=flags.count, default=2, help="blocks that each stage adds")
+    flags.add_unfreeze_args(group, first="the head")
     return parser.parse_args(argv)
 
 

@@ -34,26 +34,13 @@ def get_args(argv: list[str] | None = None):
     group.add_argument(
         "--model", choices=MAE_MODELS, default="mae_vit_base_patch16", metavar="NAME", help=", ".join(MAE_MODELS)
     )
-    group.add_argument(
-        "--init",
-        default=None,
-        metavar="W",
-        help="start weights: file, hf:OWNER/REPO, timm:NAME, official:NAME; none: random",
-    )
+    flags.add_init_arg(group)
     group.add_argument("--mask_ratio", type=flags.ratio, default=0.75, help="removed patches, fraction in 0..1")
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="predict patches normalised by their own statistics"
     )
-    group.add_argument(
-        "--min_crop", type=flags.fraction, default=0.2, help="least area of a random crop, fraction in 0..1"
-    )
-    group.add_argument(
-        "--unfreeze_every",
-        type=flags.count0,
-        default=0,
-        help="epochs per stage of progressive unfreezing; 0: train all",
-    )
-    group.add_argument("--unfreeze_blocks", type=flags.count, default=2, help="encoder blocks that each stage adds")
+    flags.add_crop_arg(group, 0.2)
+    flags.add_unfreeze_args(group, first="the decoder")
     group.add_argument("--eval_images", type=flags.count0, default=128, help="held-out images per evaluation; 0: none")
     return parser.parse_args(argv)
 

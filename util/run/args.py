@@ -139,6 +139,34 @@ def add_optim_args(
     group.add_argument("--clip_grad", type=positive, default=None, help="largest gradient norm; default: no clipping")
 
 
+def add_init_arg(group) -> None:
+    """Where a model's start weights come from."""
+    group.add_argument(
+        "--init",
+        default=None,
+        metavar="W",
+        help="start weights: file, hf:OWNER/REPO, timm:NAME, official:NAME; none: random",
+    )
+
+
+def add_crop_arg(group, default: float) -> None:
+    """How small a random crop may be."""
+    group.add_argument(
+        "--min_crop", type=fraction, default=default, help="least area of a random crop, fraction in 0..1"
+    )
+
+
+def add_unfreeze_args(group, first: str) -> None:
+    """Progressive unfreezing. first: what learns from the start, for --help."""
+    group.add_argument(
+        "--unfreeze_every",
+        type=count0,
+        default=0,
+        help=f"epochs per stage of progressive unfreezing, {first} first; 0: train all",
+    )
+    group.add_argument("--unfreeze_blocks", type=count, default=2, help="encoder blocks that each stage adds")
+
+
 def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     """Device, output, logging and resuming."""
     group = parser.add_argument_group("run")

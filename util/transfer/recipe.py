@@ -36,12 +36,7 @@ def add_transfer_args(
     flags.add_runtime_args(parser)
     group = parser.add_argument_group("transfer")
     group.add_argument("--model", default="vit_base_patch16", metavar="NAME", help=model_names)
-    group.add_argument(
-        "--init",
-        default=None,
-        metavar="W",
-        help="start weights: file, hf:OWNER/REPO, timm:NAME, official:NAME; none: random",
-    )
+    flags.add_init_arg(group)
     pooling = group.add_mutually_exclusive_group()
     pooling.add_argument(
         "--global_pool", action="store_true", default=True, help="embed by the mean of the patch tokens (the default)"
@@ -58,9 +53,7 @@ def add_transfer_args(
     group.add_argument(
         "--patience", type=flags.count, default=None, help="epochs without a better val top-1 to stop at"
     )
-    group.add_argument(
-        "--min_crop", type=flags.fraction, default=0.5, help="least area of a random crop, fraction in 0..1"
-    )
+    flags.add_crop_arg(group, 0.5)
     group.add_argument(
         "--color_jitter",
         type=flags.fraction,
