@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from util.data.images import BadImage, decode_image
-from util.data.manifest import MANIFEST_NAME, SPLITS, read_manifest, write_manifest
+from util.data.manifest import SPLITS, write_manifest
+from util.data.prepare import refuse_foreign
 from util.data.roles import in_part
 from util.data.sources import LABELS, list_folder
 from util.run.args import Parser, fraction, ratio
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, out = Path(args.data_path), Path(args.out)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: give the folder that holds the pictures")
-    _refuse_foreign(out)
+    refuse_foreign(out, WRITER)
     dropped = Counter()
     if args.splits:
         rows = rows_from_csv(Path(args.splits), args.include, args.rename, dropped)
@@ -212,11 +213,6 @@ def report(path: Path, rows: list[dict], faces: int, dropped: Counter) -> None:
     print(f"{path}: {len(rows)} pictures, {identities} identities, {faces} with a face box")
     print("  kept     " + ", ".join(f"{split} {splits[split]}" for split in SPLITS if splits[split]))
     print("  dropped  " + (", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"))
-
-
-def _refuse_foreign(out: Path) -> None:
-    if (out / MANIFEST_NAME).is_file() and read_manifest(out).metadata.get("writer") != WRITER:
-        raise UserError(f"{out / MANIFEST_NAME} was written by another program: choose another --out, or remove it")
 
 
 if __name__ == "__main__":

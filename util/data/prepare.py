@@ -1,0 +1,226 @@
+"""What the prepare scripts share: rows checked against the pictures, counts of what was kept and why the rest was not.
+
+    work = Preparation("dafre", root, out)
+    work.add({"sample_id": ..., "file_name": ..., "identity": ..., "split": ...}, size=(width, height))
+    work.drop("label unknown", name)
+    work.finish(args.check, published={"pictures": 463437})
+
+A script reads an unpacked folder where it lies; nothing is copied. Running it again writes the same file.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from util.data.manifest import MANIFEST_NAME, SPLITS, read_manifest, write_manifest
+from util.run.args import Parser
+from util.run.errors import UserError
+from util.run.log import progress, write_json
+
+EXAMPLES = 20  # of what was dropped, for each reason
+REPORT_NAME = "preparation.json"
+_THREADS = 16  # reading headers waits for the disk
+_AHEAD = 4096
+
+
+def prepare_parser(description: str, data_help: str) -> Parser:
+    """The flags of every prepare script: --data_path, --out, --check."""
+    parser = Parser(description)
+    parser.add_argument("--data_path", required=True, metavar="DIR", help=data_help)
+    parser.add_argument("--out", required=True, metavar="OUT", help="prepared folder to write: OUT/metadata.parquet")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the counts with the published ones; exit status 1 where they differ",
+    )
+    return parser
+
+
+def require(path: Path, what: str, origin: str) -> Path:
+    """`path` if it is there; else a UserError that says what is missing and where it comes from."""
+    if not path.exists():
+        raise UserError(f"{path} is missing ({what}): it comes with {origin}; unpack it there")
+    return path
+
+
+def image_sizes(root: Path, names: Sequence[str], label: str = "reading sizes") -> Iterable[tuple[int, int] | str]:
+    """(width, height) in px of each picture, from its header and in order; or why there is none, a str."""
+
+    def size(name: str) -> tuple[int, int] | str:
+        try:
+            with Image.open(root / name) as image:
+                return image.size
+        except FileNotFoundError:
+            return "file missing"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return "file damaged"
+
+    with ThreadPoolExecutor(_THREADS) as pool, progress(total=len(names), desc=label, unit="img") as bar:
+        for first in range(0, len(names), _AHEAD):
+            for found in pool.map(size, names[first : first + _AHEAD]):
+                bar.update()
+                yield found
+
+
+class Preparation:
+    """The rows of a prepared folder in the making.
+
+    name: the writer's, kept in the file. root: folder that `file_name` is relative to. out: the prepared folder.
+    """
+
+    def __init__(self, name: str, root: Path, out: Path):
+        self.name, self.root, self.out = name, root, out
+        self.rows: list[dict] = []
+        self.notes: Counter[str] = Counter()  # what was mended, not dropped
+        self._dropped: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+        refuse_foreign(out, name)
+
+    def drop(self, reason: str, example: str) -> None:
+        """Count something that is left out, and keep some of it as examples."""
+        self._dropped[reason] += 1
+        examples = self._examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def add(self, row: Mapping, size: tuple[int, int] | str | None = None) -> bool:
+        """Take a row, or drop it with the reason; whether it was taken.
+
+        size: (width, height) px of its picture, or why there is none, as `image_sizes` says it; None: not looked at.
+        A box that reaches over the border is cut there and counted; one without an inside is dropped.
+        """
+        row = dict(row)
+        if isinstance(size, str):
+            self.drop(size, row["file_name"])
+            return False
+        if row.get("box") is not None:
+            box, reason = fit_box(row["box"], size)
+            if box is None:
+                self.drop(reason, f"{row['sample_id']}: {list(row['box'])}")
+                return False
+            self.notes[reason] += reason is not None
+            row["box"] = box
+        self.rows.append(row)
+        return True
+
+    def finish(
+        self,
+        check: bool = False,
+        published: Mapping[str, int] | None = None,
+        counts: Mapping[str, int] | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write metadata.parquet and preparation.json, and say what was kept and dropped.
+
+        published: {name of a count: its published number}, compared where `check`. counts: further counts of the
+        script's own, beside "rows", "pictures", "identities" and each split's. extra: for the file's metadata.
+        A difference ends the process with status 1, after everything is written.
+        """
+        if not self.rows:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in self._dropped.items()) or "nothing was there"
+            raise UserError(f"no row is left for {self.out} ({reasons}): check --data_path")
+        inside = self.root.resolve() == self.out.resolve()
+        path = write_manifest(
+            self.out, self.rows, None if inside else str(self.root.resolve()), {"writer": self.name, **(extra or {})}
+        )
+        found = self._counts() | dict(counts or {})
+        differences = [
+            f"{name}: {found.get(name, 0)} found, {number} published"
+            for name, number in (published or {}).items()
+            if found.get(name, 0) != number
+        ]
+        write_json(
+            self.out / REPORT_NAME,
+            {
+                "writer": self.name,
+                "counts": found,
+                "notes": self.notes,
+                "dropped": self._dropped,
+                "examples": self._examples,
+                "published": dict(published or {}),
+            },
+        )
+        self._say(path, found)
+        if check:
+            for line in differences:
+                print(f"  differs  {line}")
+            names = ", ".join(published or {}) or "nothing is published"
+            print(f"  check    {'differs from' if differences else 'equals'} what is published ({names})")
+            if differences:
+                sys.exit(1)
+        return path
+
+    def _counts(self) -> dict[str, int]:
+        splits = Counter(row["split"] for row in self.rows)
+        return {
+            "rows": len(self.rows),
+            "pictures": len({row["file_name"] for row in self.rows}),
+            "identities": len({row.get("identity") for row in self.rows} - {None}),
+            **{split: splits[split] for split in SPLITS if splits[split]},
+        }
+
+    def _say(self, path: Path, found: Mapping[str, int]) -> None:
+        def listed(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{name} {number}" for name, number in counts.items() if number) or "none"
+
+        print(f"{path}: {listed(found)}")
+        print(f"  dropped  {listed(self._dropped)}")
+        if any(self.notes.values()):
+            print(f"  mended   {listed(self.notes)}")
+
+
+def fit_box(box: Sequence[float], size: tuple[int, int] | None) -> tuple[list[float] | None, str | None]:
+    """The part of a box x1, y1, x2, y2 (px) that lies in a picture of `size` (width, height), and a remark.
+
+    (box, None): it fits. (box, remark): it was cut at the border. (None, reason): nothing of it is left.
+    """
+    x1, y1, x2, y2 = map(float, box)
+    if not (x1 < x2 and y1 < y2):  # also where one is no number
+        return None, "degenerate box"
+    if size is None:
+        return [x1, y1, x2, y2], None
+    cut = [max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))]
+    if not (cut[0] < cut[2] and cut[1] < cut[3]):
+        return None, "box outside the picture"
+    return cut, None if cut == [x1, y1, x2, y2] else "box cut at the border"
+
+
+def refuse_foreign(out: Path, writer: str) -> None:
+    """UserError where `out` holds a metadata.parquet that another program wrote."""
+    if (out / MANIFEST_NAME).is_file() and read_manifest(out).metadata.get("writer") != writer:
+        raise UserError(f"{out / MANIFEST_NAME} was written by another program: choose another --out, or remove it")
+
+
+def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list[list[str]]:
+    """The rows of a delimited text file whose first line may or may not be a header.
+
+    columns: what each field is called; a first line that says the same is the header, and left out. A row with
+    another number of fields is a UserError that names the line. Quoted fields may hold the separator.
+    """
+    import csv
+
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        for number, row in enumerate(csv.reader(file, delimiter=separator), start=1):
+            if not row or (number == 1 and [field.strip().lower() for field in row] == list(columns)):
+                continue
+            if len(row) != len(columns):
+                raise UserError(
+                    f"{path}, line {number}: {len(row)} fields, not the {len(columns)} of "
+                    f"{', '.join(columns)}: get the file again"
+                )
+            rows.append([field.strip() for field in row])
+    return rows
+
+
+def parse_numbers(fields: Iterable[str], kind: Callable[[str], float], where: str) -> list[float]:
+    """Fields as numbers; UserError that names the place for one that is none."""
+    fields = list(fields)
+    try:
+        return [kind(field) for field in fields]
+    except ValueError:
+        raise UserError(f"{where}: {', '.join(fields)!r} are no numbers: get the file again") from None
