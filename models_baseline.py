@@ -31,7 +31,7 @@ class TimmBackbone(Backbone):
         if patch:
             patch_grid(*img_size, patch if isinstance(patch, int) else patch[0])  # refuses what does not divide
         super().__init__(getattr(net, "head_hidden_size", net.num_features), config.mean, config.std)
-        self.net = net
+        self.net, self.fixed_size = net, config.fixed_input_size
         classifiers = config.classifier or ()
         self._classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
 

@@ -19,7 +19,7 @@ from util.training.checkpoint import read_checkpoint
 from util.training.hub import load_weights
 from util.training.pretrained import fingerprint_of, load_pretrained
 from util.transfer.heads import build_head
-from util.transfer.lora import LoRAConfig, add_lora, load_lora
+from util.transfer.lora import LoRAConfig, add_lora, load_lora, merge_lora
 
 MODEL_NAMES = f"{', '.join(VIT_MODELS)}, or timm:NAME"
 
@@ -97,6 +97,39 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
     if unmet or unexpected:
         raise UserError(f"{path} does not fit its own flags: {(unmet + unexpected)[0]} is the first misfit")
     return Transferred(model.to(device).eval(), classes, args, config)
+
+
+def load_recogniser(
+    ckpt: str, *, model: str | None = None, input_size: int | list[int] | None = None, global_pool: bool = True,
+    device: torch.device | str = "cpu",
+) -> Transferred:  # fmt: skip
+    """A network to be evaluated, from any weights: what a transfer script has trained, or an encoder without a head.
+
+    ckpt: as --ckpt. model: its name, for weights that do not say it. input_size: px; None: what it was trained at,
+    else 224. Adapters are merged. An encoder without a head has no classes and its head is the identity.
+    """
+    path = Path(ckpt)
+    if path.is_file() and path.suffix not in (".safetensors", ".bin") and _is_transferred(path):
+        trained = load_transferred(path, device)
+        if trained.lora:
+            merge_lora(trained.model)
+        return trained
+    weights_of = ckpt.removeprefix("timm:") if ckpt.startswith("timm:") else None
+    name = model or (f"timm:{weights_of}" if weights_of else None)
+    stored = {} if name else load_weights(ckpt).args
+    name = name or str(stored.get("model", "")).removeprefix("mae_")
+    if not name:
+        raise UserError(f"{ckpt} does not say which model it is of: give --model, such as vit_base_patch16")
+    args = {
+        "model": name, "init": ckpt, "seed": 0, "global_pool": global_pool,
+        "input_size": input_size or stored.get("input_size") or 224,
+    }  # fmt: skip
+    return Transferred(start_backbone(args).to(device).eval(), (), args, None)
+
+
+def _is_transferred(path: Path) -> bool:
+    checkpoint = read_checkpoint(path)
+    return isinstance(checkpoint, dict) and {"model", "classes", "args"} <= checkpoint.keys()
 
 
 def attach_head(model: Backbone, args: dict, classes: int) -> nn.Module:

@@ -137,8 +137,11 @@ class Backbone(nn.Module):
     """A network that turns pictures into embeddings, and with a head into class scores.
 
     embed_dim: D of the embeddings. head: a module on embeddings, the identity until one is attached.
+    fixed_size: whether the network takes pictures of one size only.
     Each backbone takes out the pixel statistics that it was trained with, so pictures come in [0, 1].
     """
+
+    fixed_size = False
 
     def __init__(self, embed_dim: int, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -154,6 +157,9 @@ class Backbone(nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in [0, 1] -> embeddings (N, D)."""
         raise NotImplementedError
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """UserError where the network cannot take pictures of (height, width) px."""
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Images (N, 3, H, W) in [0, 1] -> what the head makes of their embeddings.
@@ -202,6 +208,9 @@ class VisionTransformer(Backbone):
             self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_vit_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        patch_grid(*size, self.patch_size)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in [0, 1] -> tokens (N, 1 + L, D), the class token first.

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def flags(data_path, **options) -> argparse.Namespace:
     usual = {"labels": "auto", "val_fraction": 0.0, "nb_classes": None, "label_fraction": 1.0, "seed": 0}
-    return argparse.Namespace(data_path=str(data_path), **{**usual, **options})
+    return argparse.Namespace(data_path=str(data_path), **{**usual, "face_padding": None, **options})
 
 
 def colour_of(i: int) -> tuple[int, int, int]:

@@ -93,20 +93,23 @@ class TrainView:
 
 
 class EvalCrop:
-    """The smart crop, the same at every call: `(image, record) -> uint8 (3, H, W)`. size: (H, W), px."""
+    """The smart crop, the same at every call: `(image, record) -> uint8 (3, H, W)`.
 
-    def __init__(self, size):
-        self.size = tuple(size)
+    size: (H, W), px. flip: mirror it, for the second half of a flip test.
+    """
+
+    def __init__(self, size, flip: bool = False):
+        self.size, self.flip = tuple(size), flip
 
     def draw(self, image: Image.Image, record: dict, rng: np.random.Generator | None = None) -> CropFlip:
         """The geometry of this sample; `rng` is not used."""
-        return CropFlip(crop_region(image, self.size[1] / self.size[0], record.get("box")))
+        return CropFlip(crop_region(image, self.size[1] / self.size[0], record.get("box")), self.flip)
 
     def __call__(self, image: Image.Image, record: dict, rng: np.random.Generator | None = None) -> torch.Tensor:
         return self.draw(image, record).apply(image, self.size)
 
     def __repr__(self) -> str:
-        return f"EvalCrop(size={self.size})"
+        return f"EvalCrop(size={self.size}{', flip=True' if self.flip else ''})"
 
 
 def color_jitter(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from util.data.images import BadImage, decode_image
 from util.data.manifest import COLUMNS
-from util.data.roles import Share, in_part, role_of_name, share_of
+from util.data.roles import MissingRole, Share, in_part, role_of_name, share_of
 from util.run.errors import UserError
 
 PREFIX = "hf:"
@@ -112,7 +112,7 @@ def locate(name: str, role: str) -> tuple[str, str, Share]:
         splits = {role_of_name(split): split for split in reversed(found)}
     share = share_of(role, splits, name)
     if share is None:
-        raise UserError(
+        raise MissingRole(
             f"{name} has nothing for {role!r}, only {', '.join(found)}: name a split, as in {PREFIX}{path}:SPLIT"
         )
     return path, splits[share.of], share

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from util.data.sources import Source, Subset, open_source
+from util.data.face_crop import open_pictures
+from util.data.sources import Source, Subset
 from util.run.errors import UserError
 from util.run.seed import rng_for
 
@@ -47,7 +48,7 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
     """
 
     def open_role(role: str) -> Source:
-        source = open_source(args.data_path, role, labels=args.labels, val_fraction=args.val_fraction)
+        source = open_pictures(args, role)
         known = np.array([name is not None for name in source.column("identity")], dtype=bool)
         if not known.any():
             raise UserError(

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from util.data.face_crop import open_pictures
 from util.data.images import BadImage
-from util.data.sources import open_source
 from util.data.stream import open_stream
 from util.run.dist import World
 from util.run.errors import UserError
@@ -216,20 +216,26 @@ def open_loader(args, transform: Callable, world: World, device: torch.device) -
     """The training batches that the flags of `add_data_args` describe."""
     options = loader_options(args, world, device)
     if not args.streaming:
-        source = open_source(args.data_path, "train", labels=args.labels, val_fraction=args.val_fraction)
-        return TrainLoader(source, transform, **options)
+        return TrainLoader(open_pictures(args, "train"), transform, **options)
+    _refuse_cropping(args)
     if not args.epoch_images:
         raise UserError("the length of a stream is not known: give --epoch_images with --streaming")
     source = open_stream(args.data_path, "train", val_fraction=args.val_fraction)
     return StreamLoader(source, transform, epoch_images=args.epoch_images, **options)
 
 
+def _refuse_cropping(args) -> None:
+    if args.face_padding is not None:
+        raise UserError("--face_padding needs the boxes of a stored data set: leave out --streaming")
+
+
 def held_out(args) -> Iterator[tuple[dict, Callable]]:
     """(record, load) of the validation images, in a fixed order; load() decodes one or raises BadImage."""
     if args.streaming:
+        _refuse_cropping(args)
         stream = open_stream(args.data_path, "val", val_fraction=args.val_fraction)
         return ((record, load) for _, record, load in stream.iterate(args.seed, 0))
-    source = open_source(args.data_path, "val", labels=args.labels, val_fraction=args.val_fraction)
+    source = open_pictures(args, "val")
     # shuffled: the first images of a folder are often of one character
     order = rng_for(args.seed, "held out").permutation(len(source)).tolist()
     return ((source.record(index), partial(source.load, index)) for index in order)

@@ -1,6 +1,7 @@
-"""Which rows a role ("train", "val", "test") gets, by one rule for folders, manifests and Hub data sets.
+"""Which rows a role ("train", "val", "test", ...) gets, by one rule for folders, manifests and Hub data sets.
 
 * A role reads the split of its own where the data have one; "train" is the splits pretrain and train.
+* "open_val", "open_test" (identities never trained on) and "novel" (few-shot) have no stand-in.
 * Data without a validation split: a fixed hash of the sample's name puts the fraction `val_fraction` of the
   training rows into "val". A sample never changes sides when others are added or removed.
 * Data without a test split: "test" is "val", and the log says so.
@@ -13,16 +14,32 @@ from typing import NamedTuple
 
 import numpy as np
 
+from util.run.errors import UserError
+
 log = logging.getLogger(__name__)
 
 # the splits of a manifest behind each role
-ROLES = {"train": ("pretrain", "train"), "val": ("val",), "test": ("test",)}
+ROLES = {
+    "train": ("pretrain", "train"),
+    "val": ("val",),
+    "test": ("test",),
+    "open_val": ("open_val",),
+    "open_test": ("open_test",),
+    "novel": ("novel",),
+}
 # what folders and Hub data sets call them
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
+    "open_val": ("open_val",),
+    "open_test": ("open_test",),
+    "novel": ("novel",),
 }
+
+
+class MissingRole(UserError):
+    """The data have no rows for a role."""
 
 
 class Share(NamedTuple):

@@ -17,7 +17,7 @@ from PIL import Image
 from util.data.hub import PREFIX, open_hub
 from util.data.images import SUFFIXES, decode_image
 from util.data.manifest import MANIFEST_NAME, SCHEMA, Manifest, read_manifest
-from util.data.roles import ROLES, in_part, role_of_name, share_of
+from util.data.roles import ROLES, MissingRole, in_part, role_of_name, share_of
 from util.run.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -117,13 +117,14 @@ class Subset:
 
 
 def open_source(data_path: str | Path, role: str, *, labels: str = "auto", val_fraction: float = 0.1) -> Source:
-    """Open `data_path` for a role: "train", "val" or "test".
+    """Open `data_path` for a role: "train", "val", "test", "open_val", "open_test" or "novel".
 
     data_path: a prepared folder; class folders, with or without train/, val/ and test/; a flat or nested folder
     of pictures; "hf:OWNER/NAME[:SPLIT]" or "hf:FOLDER[:SPLIT]", read by Hugging Face's library. labels: what a
     nested folder means: "folders" (the first folder is the identity), "none" (no labels), "metadata" (there
     must be a metadata.parquet), "auto" (metadata.parquet, else class folders where every picture lies exactly
-    one folder deep, else no labels). val_fraction: in 0..1. Raises UserError where there is nothing to read.
+    one folder deep, else no labels). val_fraction: in 0..1. Raises UserError where there is nothing to read, of the
+    kind MissingRole where the data are there but not for this role.
     """
     if role not in ROLES:
         raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
@@ -154,7 +155,7 @@ def _for_role(name: str, manifest: Manifest, sizes: np.ndarray | None, role: str
     share = share_of(role, available, name)
     if share is None:
         found = ", ".join(sorted(present)) or "no rows"
-        raise UserError(f"{name} has nothing for {role!r}, only {found}: prepare it with such a split")
+        raise MissingRole(f"{name} has nothing for {role!r}, only {found}: prepare it with such a split")
     manifest = manifest.select(ROLES[share.of])
     if share.part != "all":
         # pictures cut from one source go to one side, so that no near-copy of a training picture is held out
@@ -169,8 +170,8 @@ def _for_role(name: str, manifest: Manifest, sizes: np.ndarray | None, role: str
 def list_folder(folder: Path, labels: str = "auto") -> tuple[Manifest, np.ndarray]:
     """The pictures under a folder as a manifest, sorted by path, and their sizes (N,) in bytes.
 
-    Top folders called train, val (or valid, validation, dev) and test are splits, where there is a train/ or
-    nothing else; all is train otherwise. labels: as in `open_source`. Raises UserError if there is no picture.
+    Top folders called train, val (or valid, validation, dev), test, open_val, open_test and novel are splits, where
+    there is a train/ or nothing else; all is train otherwise. labels: as in `open_source`. Raises UserError if there is no picture.
     """
     names, sizes, others = _scan(folder)
     if not names:

@@ -88,6 +88,13 @@ def add_data_args(
         default=0.1,
         help="share of the samples held out where the data has no split of its own, fraction in 0..1",
     )
+    group.add_argument(
+        "--face_padding",
+        type=rate,
+        default=None,
+        metavar="X",
+        help="show only the face box, enlarged by X of its side on each side (0.5 doubles it); default: whole pictures",
+    )
     if streams:
         group.add_argument(
             "--streaming", action="store_true", help="read a Hugging Face data set shard by shard, without storing it"
@@ -167,6 +174,15 @@ def add_unfreeze_args(group, first: str) -> None:
     group.add_argument("--unfreeze_blocks", type=count, default=2, help="encoder blocks that each stage adds")
 
 
+def add_device_args(group) -> None:
+    """Where and how numbers are computed."""
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    group.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the forward pass"
+    )
+    group.add_argument("--seed", type=count0, default=0, help="every random number follows from it")
+
+
 def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     """Device, output, logging and resuming."""
     group = parser.add_argument_group("run")
@@ -180,12 +196,8 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
         metavar="auto|FILE",
         help="auto: go on from checkpoint-last.pth of the output folder, if any",
     )
-    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    group.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the forward pass"
-    )
+    add_device_args(group)
     group.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the model")
-    group.add_argument("--seed", type=count0, default=0, help="every random number follows from it")
     group.add_argument("--eval_every", type=count, default=1, help="epochs between evaluations on held-out images")
     group.add_argument("--log_every", type=count, default=20, help="steps between readings of the loss")
     group.add_argument("--save_steps", type=count, default=None, help="steps between checkpoints inside an epoch")
