@@ -534,3 +534,73 @@ def test_scripts_give_known_flags_and_refuse_what_they_do_not_understand(ask_scr
     with pytest.raises(UserError, match="both varied and in the command"):
         ask_script(name, tmp_path, "w.pth", "--", "--seed", "3")
     subprocess.run(["bash", "-n", ROOT / "scripts" / f"{name}.sh"], check=True)
+
+
+# An evaluation in small: it reads what the run has written.
+SECOND = """
+import argparse, json, sys
+from pathlib import Path
+
+p = argparse.ArgumentParser()
+p.add_argument("--output_dir", type=Path)
+p.add_argument("--resume")
+p.add_argument("--ckpt", type=Path)
+p.add_argument("--fail_rank", type=int)
+args = p.parse_args()
+found = json.loads((args.ckpt.parent / "results.json").read_text())
+with open(args.output_dir / "starts.txt", "a") as file:
+    file.write("x\\n")
+if found["args"]["rank"] == args.fail_rank:
+    sys.exit("error: cannot evaluate this one")
+(args.output_dir / "results.json").write_text(json.dumps({
+    "finished": True, "open_set": {"auroc": found["val"]["top1"] * 2}
+}))
+"""
+
+
+@pytest.fixture
+def second(tmp_path) -> str:
+    path = tmp_path / "second.py"
+    path.write_text(SECOND)
+    return f"{path} --ckpt {{run}}/checkpoint-best.pth"
+
+
+def test_what_follows_a_run_is_in_its_row(fake, second, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--out", out, "--command", f"a: {fake}", "--vary", "rank=4,8", "seed=0,1", "--then", second]
+    argv += ["--columns", "val.top1", "open_set.auroc", "--figure", "rank:open_set.auroc"]
+    assert call(*argv) == 0
+    assert (out / "results.png").exists()
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["open_set.auroc"]) for row in rows] == [2 * float(row["val.top1"]) for row in rows]
+    assert [row["rank"] for row in rows] == ["4", "4", "8", "8"] and {row["state"] for row in rows} == {"done"}
+    folder = out / "then" / "a" / "rank=4,seed=0"
+    assert json.loads((folder / "command.json").read_text())["command"][2] == str(
+        out / "a" / "rank=4,seed=0" / "checkpoint-best.pth"
+    )
+    assert call(*argv) == 0  # nothing is done twice
+    assert set(starts(out).values()) == {1} and len(starts(out)) == 8
+
+
+def test_a_failure_of_what_follows_is_the_failure_of_its_row(fake, second, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--out", out, "--command", f"a: {fake}", "--vary", "rank=4,8", "--then", f"{second} --fail_rank 8"]
+    assert call(*argv) == 1
+    assert "cannot evaluate this one" in capsys.readouterr().err
+    with open(out / "results.csv", newline="") as file:
+        assert [row["state"] for row in csv.DictReader(file)] == ["done", "failed"]
+
+
+def test_a_failed_run_is_followed_by_nothing(fake, second, tmp_path):
+    (tmp_path / "flag").touch()
+    out = tmp_path / "out"
+    argv = ["--out", out, "--command", f"a: {fake} --fail_file {tmp_path / 'flag'}", "--vary", "seed=0,1"]
+    assert call(*argv, "--then", second) == 1
+    assert set(starts(out / "then")) == {"a/seed=0"}
+
+
+def test_then_must_say_what_it_works_on(fake, tmp_path, capsys):
+    argv = ["--out", tmp_path / "out", "--command", f"a: {fake}", "--then", "second.py --ckpt x"]
+    assert call(*argv) == 2
+    assert "{run}" in capsys.readouterr().err

@@ -8,9 +8,10 @@
 A script reads an unpacked folder where it lies; nothing is copied. Running it again writes the same file.
 """
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from util.run.log import progress, write_json
 
 EXAMPLES = 20  # of what was dropped, for each reason
 REPORT_NAME = "preparation.json"
+_DEPTH = 4  # folders below --data_path that an archive may have been unpacked in
+_WIDE = 100  # a folder of more folders than this holds pictures, not archives
+_PROBES = 64  # pictures of a list that are looked for to find their folder
 _THREADS = 16  # reading headers waits for the disk
 _AHEAD = 4096
 
@@ -45,6 +49,53 @@ def require(path: Path, what: str, origin: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing ({what}): it comes with {origin}; unpack it there")
     return path
+
+
+def find_below(root: Path, *names: str) -> Path | None:
+    """The first of `names` (files or folders, relative) in the shallowest folder that holds one; None if none does.
+
+    It does not matter whether an archive was unpacked with or without its outer folder, nor into which subfolder.
+    """
+    found = (folder / name for folder in folders_below(root) for name in names if (folder / name).exists())
+    return next(found, None)
+
+
+def picture_folder(root: Path, names: Sequence[str], origin: str, depth: int = _DEPTH) -> str:
+    """What stands before the listed names in a `file_name`: "" or "some/folders/".
+
+    It is the shallowest folder, `root` or at most `depth` below it, in which some of the listed files or folders lie
+    (`names`, relative; some of them, spread over the list, are looked for). UserError where there is none; origin:
+    the download that has them.
+    """
+    if not names:
+        raise UserError(f"no picture is listed for {root}: get the label files again")
+    probes = names[:: max(1, len(names) // _PROBES)]
+    for folder in folders_below(root, depth):
+        if any((folder / name).exists() for name in probes):
+            below = folder.relative_to(root).as_posix()
+            return "" if below == "." else f"{below}/"
+    raise UserError(
+        f"{names[0]}, like the others that are listed, cannot be found under {root}: it comes with {origin}; "
+        "unpack it there"
+    )
+
+
+def folders_below(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """`root` and the folders below it where archives may have been unpacked, the shallow ones first."""
+    level = [root]
+    for _ in range(depth):
+        yield from level
+        level = [below for folder in level for below in _subfolders(folder)]
+    yield from level
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): check --data_path") from error
+    return [folder / name for name in names] if len(names) <= _WIDE else []
 
 
 def image_sizes(root: Path, names: Sequence[str], label: str = "reading sizes") -> Iterable[tuple[int, int] | str]:
@@ -75,7 +126,7 @@ class Preparation:
     def __init__(self, name: str, root: Path, out: Path):
         self.name, self.root, self.out = name, root, out
         self.rows: list[dict] = []
-        self.notes: Counter[str] = Counter()  # what was mended, not dropped
+        self.notes: Counter[str] = Counter()  # what was mended, or is worth knowing, but not dropped
         self._dropped: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
         refuse_foreign(out, name)
@@ -102,7 +153,8 @@ class Preparation:
             if box is None:
                 self.drop(reason, f"{row['sample_id']}: {list(row['box'])}")
                 return False
-            self.notes[reason] += reason is not None
+            if reason:
+                self.notes[reason] += 1
             row["box"] = box
         self.rows.append(row)
         return True
@@ -170,7 +222,7 @@ class Preparation:
         print(f"{path}: {listed(found)}")
         print(f"  dropped  {listed(self._dropped)}")
         if any(self.notes.values()):
-            print(f"  mended   {listed(self.notes)}")
+            print(f"  noted    {listed(self.notes)}")
 
 
 def fit_box(box: Sequence[float], size: tuple[int, int] | None) -> tuple[list[float] | None, str | None]:
@@ -196,24 +248,34 @@ def refuse_foreign(out: Path, writer: str) -> None:
 
 
 def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list[list[str]]:
-    """The rows of a delimited text file whose first line may or may not be a header.
+    """The fields `columns` of the rows of a delimited text file whose first line may or may not be a header.
 
-    columns: what each field is called; a first line that says the same is the header, and left out. A row with
-    another number of fields is a UserError that names the line. Quoted fields may hold the separator.
+    A first line that names all of `columns` is the header; it says where they stand, and what else there is.
+    Without one, a row holds just these fields. A row with another number of fields, and a file that is no text,
+    are UserErrors that name the line. Quoted fields may hold the separator.
     """
     import csv
 
-    rows = []
+    rows, places, width = [], range(len(columns)), len(columns)
     with open(path, newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.reader(file, delimiter=separator), start=1):
-            if not row or (number == 1 and [field.strip().lower() for field in row] == list(columns)):
-                continue
-            if len(row) != len(columns):
-                raise UserError(
-                    f"{path}, line {number}: {len(row)} fields, not the {len(columns)} of "
-                    f"{', '.join(columns)}: get the file again"
-                )
-            rows.append([field.strip() for field in row])
+        lines = csv.reader(file, delimiter=separator)
+        try:
+            for row in lines:
+                fields = [field.strip() for field in row]
+                if not any(fields):
+                    continue
+                names = [field.lower() for field in fields]
+                if lines.line_num == 1 and set(columns) <= set(names):
+                    places, width = [names.index(column) for column in columns], len(names)
+                elif len(fields) != width:
+                    raise UserError(
+                        f"{path}, line {lines.line_num}: {len(fields)} fields, not {width} ({', '.join(columns)}): "
+                        "get the file again"
+                    )
+                else:
+                    rows.append([fields[place] for place in places])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}, line {lines.line_num + 1}: no text ({error}): get the file again") from error
     return rows
 
 

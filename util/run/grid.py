@@ -4,7 +4,9 @@ python -m util.run.grid --out runs/lora_ranks --command "lora: main_lora.py --da
     --vary rank=4,8,16,32 seed=0,1,2 --figure trainable_params:test.top1
 
 A run lives in OUT/NAME/rank=4,seed=0 and is known by its whole command. The same call again skips what is
-finished, goes on with what was stopped, and tries again what failed.
+finished, goes on with what was stopped, and tries again what failed. --then "eval_recognition.py --ckpt
+{run}/checkpoint-best.pth ..." runs a second script on each run that is done, in OUT/then/NAME/rank=4,seed=0; the table
+and the figure have its numbers too.
 """
 
 import itertools
@@ -217,6 +219,7 @@ def get_args(argv: list[str] | None = None):
         "--vary", nargs="+", action="extend", default=[], metavar="[NAME:]FLAG=V,V",
         help="values of a flag of all commands, or of one; FLAG/FLAG=V/W,V/W: flags that change together",
     )  # fmt: skip
+    add("--then", metavar='"SCRIPT FLAGS"', help="what follows each run; {run} in it becomes the folder of the run")
     add("--figure", metavar="X:Y", help="plot figure Y of results.json against X, a varied flag or another figure")
     add("--columns", nargs="+", metavar="FIGURE", help=f"of the table; default: {' '.join(report.COLUMNS)}")
     add("--jobs", type=count, help="runs at the same time; default: one, or one per device")
@@ -240,15 +243,39 @@ def plan(args) -> list[Run]:
     return expand(args.out, dict(commands), [parse_vary(text) for text in args.vary], args.extra)
 
 
+def follower(args, run: Run) -> Run:
+    """What --then makes of a run. UserError where it does not name the run's folder."""
+    if "{run}" not in args.then:
+        raise UserError(f"--then {args.then} does not say what it works on: put {{run}} where the run's folder goes")
+    _, words = parse_command(f"then: {args.then}")
+    _check_flags("--then", words, [])
+    folder = args.out / "then" / run.name / run.folder.name
+    return Run(run.name, tuple(word.replace("{run}", str(run.folder)) for word in words), run.settings, folder)
+
+
+def collect(args, runs: list[Run]) -> list[report.Row]:
+    """How each run stands; with --then, each that is done stands as what followed it, with the numbers of both."""
+    rows = report.collect(runs)
+    if not args.then:
+        return rows
+    second = report.collect(follower(args, run) for run in runs)
+    return [
+        report.Row(then.run, then.state, then.error, row.figures | then.figures) if row.state == "done" else row
+        for row, then in zip(rows, second, strict=True)
+    ]
+
+
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     runs = plan(args)
     if args.dry_run:
-        for run in runs:
+        for run in [*runs, *(follower(args, run) for run in runs if args.then)]:
             run.check()
             print(f"# {run.label}: {run.state()}\n{shlex.join(run.argv())}")
         return
+    if args.then:
+        follower(args, runs[0]).check()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -256,18 +283,20 @@ def main(argv: list[str] | None = None) -> None:
     devices = tuple(args.devices.split(",")) if args.devices else ()
 
     def write_tables() -> None:
-        report.write_tables(args.out, report.collect(runs), args.columns or report.COLUMNS)
+        report.write_tables(args.out, collect(args, runs), args.columns or report.COLUMNS)
 
-    signum = run_all(
-        runs, jobs=args.jobs or len(devices) or 1, devices=devices, retry=args.retry, on_change=write_tables
-    )
+    options = {"jobs": args.jobs or len(devices) or 1, "devices": devices, "retry": args.retry}
+    signum = run_all(runs, **options, on_change=write_tables)
+    if args.then and not signum:
+        done = [follower(args, run) for run in runs if run.state() == "done"]
+        signum = run_all(done, **options, on_change=write_tables)
     write_tables()
     _conclude(args, runs, signum)
 
 
 def _conclude(args, runs: list[Run], signum: int) -> None:
     """Draw the figure, say how it went, and leave with the status that says so."""
-    rows = report.collect(runs)
+    rows = collect(args, runs)
     if args.figure and not report.draw(args.out / "results.png", rows, *args.figure.split(":")):
         print(f"no figure: no run that is done has both of {args.figure}")
     failed = [row for row in rows if row.state == "failed"]

@@ -1,0 +1,94 @@
+"""The style that all figures of the benchmark's report share.
+
+Nothing global is touched (no pyplot, no rcParams), so figures can be drawn in any thread. Colours are Okabe and Ito's,
+told apart by people of any colour vision.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from util.run.files import write_atomically
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
+GREY, INK = "#888888", "#222222"
+_DPI = 140
+_WIDTH = 7.2  # inches, 1008 px
+
+
+def new_figure(columns: int = 1, height: float = 4.4, **options):
+    """A matplotlib Figure of 1008 px in width and its axes, one or an array of `columns`. height: inches."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    axes = figure.subplots(1, columns, **options)
+    for each in [axes] if columns == 1 else axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.3, linewidth=0.6)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def finish(figure, title: str, path: Path, legend_of=None):
+    """Put title and legend (of the labels in the axes `legend_of`) around the axes, write the PNG, return the figure."""
+    figure.suptitle("\n".join(textwrap.wrap(plain(title), 76)), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    if legend_of is not None:
+        handles, labels = legend_of.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        longest = max(map(len, unique))
+        columns = max(1, min(len(unique), 96 // (longest + 8)))
+        figure.legend(unique.values(), unique, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # no version inside: the same numbers give the same file
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    return figure
+
+
+def line_style(i: int) -> dict:
+    """Of the i-th curve of a figure."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 4], "linewidth": 1.8}
+
+
+def draw_intervals(axes, values, bounds, places, vertical: bool = False) -> None:
+    """Intervals (low, high) as thin bars; the values need not lie inside."""
+    for value, (low, high), place in zip(values, bounds, places, strict=True):
+        if (low, high) != (value, value):
+            (axes.vlines if vertical else axes.hlines)(place, low, high, color=INK, linewidth=1.3, zorder=3)
+
+
+def percent_axis(*axis) -> None:
+    """Write the fractions on an axis as percentages."""
+    for each in axis:
+        each.set_major_formatter(lambda value, _: percent(value))
+
+
+def plain_log_ticks(axis, ticks: Sequence[int]) -> None:
+    """Whole numbers as the only ticks of a logarithmic axis."""
+    from matplotlib.ticker import NullLocator  # slow to import
+
+    axis.set_ticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage of two to three digits: 0.0123 -> 1.2 %, 0.5 -> 50 %, 0.0001 -> 0.01 %."""
+    value = 100 * float(value)
+    return f"{value:.2g} %" if abs(value) < 0.1 else f"{value:.1f} %".replace(".0 %", " %")
+
+
+def in_points(difference: float) -> str:
+    """A difference of fractions in percentage points."""
+    return f"{100 * difference:.1f} points"
+
+
+def short(name: str, length: int = 40) -> str:
+    """A name for a legend or an axis."""
+    return plain(name if len(name) <= length else name[: length - 3] + "...")
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
