@@ -3,7 +3,8 @@
     python datasets/prepare_splcher.py --data_path animefacedataset --out data/splcher --check
 
 DIR holds images/<index>_<year>.jpg, as the archive unpacks. Nothing is copied. The year is the only thing known of a
-picture: the column `style` holds its era, "2000-2004" with the default --era 5.
+picture: the column `style` holds its era, "2000-2004" with the default --era 5. Many pictures are there several times;
+all are kept, but equal ones, pixel for pixel, get one `source` and go to one split.
 """
 
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.data.pools import add_pool_args, local_folder, pool_splits
-from util.data.prepare import Preparation, image_sizes, prepare_parser, require
+from util.data.images import BadImage
+from util.data.pools import add_pool_args, local_folder, pixel_digests, pool_splits
+from util.data.prepare import Preparation, prepare_parser, require
 from util.run.args import Parser, count
 from util.run.errors import cli
 
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = local_folder(args.data_path)
     if not any(NAME.fullmatch(path.name) for path in folder.iterdir()):
         folder = require(folder / "images", "the folder of pictures", ORIGIN)
+    pool_splits([], args.val_fraction, args.test_fraction)  # a wrong fraction is said before any work
     work = Preparation(WRITER, folder, Path(args.out))
     names = []
     for path in sorted(folder.iterdir()):
@@ -46,13 +49,21 @@ def main(argv: list[str] | None = None) -> None:
             names.append(path.name)
         else:
             work.drop("name is not <index>_<year>.jpg", path.name)
-    splits = pool_splits(names, args.val_fraction, args.test_fraction)
-    for name, split, size in zip(names, splits, image_sizes(folder, names), strict=True):
-        row = {"sample_id": name, "file_name": name, "split": split, "style": era(name, args.era)}
-        work.add(row, size)
+    first: dict[str, str] = {}
+    good, copies = [], 0
+    for name, digest in zip(names, pixel_digests([folder / name for name in names]), strict=True):
+        if isinstance(digest, BadImage):
+            work.drop("file damaged", f"{name}: {digest.reason}")
+            continue
+        copies += first.setdefault(digest, name) != name
+        good.append((name, digest))
+    splits = pool_splits([digest for _, digest in good], args.val_fraction, args.test_fraction)
+    for (name, digest), split in zip(good, splits, strict=True):
+        facts = {"split": split, "source": first[digest], "style": era(name, args.era)}
+        work.add({"sample_id": name, "file_name": name, **facts})
     eras = sorted({row["style"] for row in work.rows})
     per_era = {f"era {name}": sum(row["style"] == name for row in work.rows) for name in eras}
-    work.finish(args.check, PUBLISHED, per_era)
+    work.finish(args.check, PUBLISHED, {**per_era, "copies of another": copies})
 
 
 def era(name: str, years: int) -> str:

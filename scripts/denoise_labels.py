@@ -5,7 +5,7 @@
 The file of embeddings holds arrays `embeddings` (N, D) and `sample_id` (N,), of the train split at least. Steps, each
 on what the one before left (util/data/denoise.py):
 
-    dedup      equal pictures, pixel for pixel; a picture under several identities
+    dedup      copies and near-copies of a picture of the same identity; a picture under several identities
     centroid   far from the centre of its identity, or nearer another one
     confident  confident learning, arXiv 1911.00068: out-of-sample probabilities of a logistic regression
     subcentre  in a part of its identity that lies farther off than another identity
@@ -16,8 +16,10 @@ accept (label 1) or not (0). Report that part beside the whole test, never inste
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,12 +29,14 @@ import numpy as np
 from util.benchmark.embedded import read_embeddings
 from util.data import denoise
 from util.data.derive import check_target, write_part
-from util.data.images import BadImage
+from util.data.face_crop import FaceCrops
 from util.data.manifest import Manifest, read_manifest
-from util.data.pools import pixel_digests
+from util.data.near_split import NEAR
+from util.data.phash import MAX_DISTANCE, Hashes, hash_images, near_pairs
+from util.data.sources import FolderSource
 from util.run.args import Parser, count, count0, fraction, number, positive, ratio
 from util.run.errors import UserError, cli
-from util.run.log import write_json
+from util.run.log import progress, write_json
 
 WRITER = "denoise_labels"
 STEPS = ("dedup", "centroid", "confident", "subcentre")
@@ -49,6 +53,12 @@ def get_parser() -> Parser:
     parser.add_argument("--out", required=True, metavar="OUT", help="prepared folder to write")
     parser.add_argument("--embeddings", metavar="FILE", help=".npz of embeddings and sample_id; all but dedup need it")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="taken in this order")
+    parser.add_argument(
+        "--near",
+        type=number(int, 0, MAX_DISTANCE),
+        default=NEAR,
+        help=f"bits of 64 by which nearly equal pictures differ, 0..{MAX_DISTANCE}",
+    )
     parser.add_argument(
         "--floor",
         type=count,
@@ -113,7 +123,7 @@ class Ladder:
         self.manifest, self.args = manifest, args
         self.columns = {
             name: manifest.table.column(name).to_pylist()
-            for name in ("sample_id", "file_name", "identity", "split", "source", "box")
+            for name in ("sample_id", "file_name", "identity", "split", "source")
         }
         split, identity = self.columns["split"], self.columns["identity"]
         train = [row for row in range(len(manifest)) if split[row] == "train"]
@@ -125,8 +135,10 @@ class Ladder:
         numbers = {name: number for number, name in enumerate(self.names)}
         self.labels = np.array([numbers.get(name, -1) for name in identity], dtype=np.int64)
         self.start = self.rows
+        hashed = np.array(split) == "test"
+        hashed[self.rows] = True
+        self.place = np.where(hashed, np.cumsum(hashed) - 1, -1)  # of each row in `hashes`
         self.bands = denoise.band_names(np.bincount(self.labels[self.rows]))
-        self.digests: dict[str, str | BadImage] = {}
         self.least = None  # rows that each identity keeps, once duplicates are gone
         self.embeddings = None
         self.agreement: dict[str, float] = {}  # share of a split's rows that lie nearest to their own centre
@@ -168,15 +180,19 @@ class Ladder:
         self.embeddings -= self.embeddings[self.rows].mean(axis=0)
         norms = np.linalg.norm(self.embeddings, axis=1, keepdims=True)
         self.embeddings /= np.where(norms > 0, norms, 1.0)
-        self.agreement["train"] = self._centroids().agreement
+        found = self._centroids().agreement
+        if not np.isnan(found):
+            self.agreement["train"] = found
 
     def _dedup(self, labels: np.ndarray) -> denoise.Flags:
-        pictures = self._pictures(self.rows)
-        good = np.array([picture is not None for picture in pictures], dtype=bool)
-        ids = [self.columns["sample_id"][row] for row in self.rows[good]]
+        readable = self.hashes.readable[self.place[self.rows]]
+        rows = self.rows[readable]
+        digests = self.hashes.digest[self.place[rows]].tolist()
+        ids = [self.columns["sample_id"][row] for row in rows]
+        found = denoise.duplicate_flags(digests, labels[readable], ids, self._near(rows))
         flags = denoise.no_flags(len(labels))
-        found = denoise.duplicate_flags([picture for picture in pictures if picture is not None], labels[good], ids)
-        flags.reason[good], flags.reason[~good] = found.reason, "file damaged or missing"
+        flags.reason[~readable] = "file damaged or missing"
+        flags.reason[readable], flags.score[readable] = found
         return flags
 
     def _centroid(self, labels: np.ndarray) -> denoise.Flags:
@@ -190,9 +206,8 @@ class Ladder:
                 f"{len(labels)} rows of {len(self.names)} identities make a table too large for the step confident: "
                 "leave it out of --steps, or prepare the data with fewer identities"
             )
-        columns = ([self.columns[name][row] for row in self.rows] for name in ("sample_id", "source", "file_name"))
-        pixels = [self.digests.get(self.columns["file_name"][row]) for row in self.rows]
-        groups = denoise.link_groups(*columns, pixels)
+        ids, *known = ([self.columns[name][row] for row in self.rows] for name in ("sample_id", "source", "file_name"))
+        groups = denoise.link_groups(ids, *known, pairs=self._near(self.rows))
         folds = denoise.grouped_folds(labels, groups, args.folds, args.seed)
         shares = denoise.out_of_sample_probabilities(
             self.embeddings[self.rows], labels, folds, len(self.names), args.strength
@@ -210,16 +225,23 @@ class Ladder:
             sds=args.sds, drop=args.drop, floor=args.floor,
         )  # fmt: skip
 
-    def _pictures(self, rows: np.ndarray) -> list[tuple | None]:
-        """What tells the faces of rows apart: the pixels of the picture and the box; None for a damaged file."""
-        names = sorted({self.columns["file_name"][row] for row in rows} - self.digests.keys())
-        self.digests |= zip(names, pixel_digests([self.manifest.root / name for name in names]), strict=True)
-        pictures = []
-        for row in rows:
-            digest, box = self.digests[self.columns["file_name"][row]], self.columns["box"][row]
-            face = tuple(map(round, box)) if box else None
-            pictures.append(None if isinstance(digest, BadImage) else (digest, face))
-        return pictures
+    @cached_property
+    def hashes(self) -> Hashes:
+        """Hashes of the faces of the rows that have a `place`."""
+        source = FolderSource(self.args.data_path, self.manifest.keep(self.place >= 0))
+        if any(box is not None for box in source.column("box")):
+            source = FaceCrops(source, 0.0)
+        with progress(total=len(source), desc="hashing", unit="img") as bar:
+            return hash_images(source, workers=os.cpu_count() or 1, advance=bar.update)
+
+    def _near(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of places in `rows` whose faces are nearly or exactly the same."""
+        found = near_pairs(self.hashes, self.args.near)
+        where = np.full(len(self.hashes), -1)
+        where[self.place[rows]] = np.arange(len(rows))
+        one, other = where[found.a], where[found.b]
+        inside = (one >= 0) & (other >= 0)
+        return one[inside], other[inside]
 
     def _remove(self, step: str, flags: denoise.Flags) -> None:
         labels, flagged = self.labels[self.rows], flags.flagged
@@ -252,8 +274,9 @@ class Ladder:
             known = (self.labels[rows] >= 0) & np.isfinite(self.embeddings[rows]).all(axis=1)
             kinds[known] = self._test_kinds(rows[known])
         if "dedup" in self.args.steps:
-            trained = set(self._pictures(self.start)) - {None}
-            kinds[[picture in trained for picture in self._pictures(rows)]] = "same picture in train"
+            digest, readable = self.hashes.digest, self.hashes.readable
+            train, own = self.place[self.start], self.place[rows]
+            kinds[readable[own] & np.isin(digest[own], digest[train[readable[train]]])] = "same picture in train"
         return {
             "id_a": [self.columns["sample_id"][row] for row in rows],
             "id_b": [None] * len(rows),
@@ -300,9 +323,9 @@ def say(path: Path, report: dict) -> None:
     if agreement:
         found = ", ".join(f"{value:.1%} of {split}" for split, value in agreement.items())
         print(f"embeddings: {found} lie nearest to the centre of their identity")
-        if agreement["train"] < WEAK:
+        if agreement.get("train", 1.0) < WEAK:
             print("  that is little: what is removed is then rather what the encoder mixes up than what is mislabelled")
-        if agreement["train"] - agreement.get("test", 1.0) > GAP:
+        if agreement.get("train", 0.0) - agreement.get("test", 1.0) > GAP:
             print("  train and test differ: an encoder that was trained on these labels has learned the wrong ones too")
     for step in [*report["steps"], {"step": "together", **report["train"]}]:
         bands = (f"{band} {part['removed']}/{part['rows']}" for band, part in step["by"].items() if part["rows"])

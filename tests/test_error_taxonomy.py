@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_error_taxonomy.py
 """
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -75,6 +76,13 @@ def test_a_style_gap_is_one_to_the_own_identity():
     )
     assert applies(tag_probes(found), "style gap") == [False, True, None, None]
     assert applies(tag_probes(replace(found, own_style=None)), "style gap") == [None] * 4
+    # the style that row -1 of a gallery has is nobody's
+    assert applies(tag_probes(replace(found, own_row=np.array([0, -1, 0, 0]))), "style gap") == [
+        False,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_the_same_colour_scheme():
@@ -277,7 +285,11 @@ def test_a_signature_is_a_unit_vector_of_the_colours_alone():
     signature = colour_signature(picture)
     assert signature.dtype == np.float32 and signature.min() >= 0
     assert np.linalg.norm(signature) == pytest.approx(1, abs=1e-6)
-    assert np.array_equal(signature, colour_signature(picture.numpy()))
+    frozen = picture.numpy().copy()
+    frozen.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(signature, colour_signature(frozen))
     assert colour_signature(picture.flip(-1)) @ signature > 0.995  # where it stands does not matter
     large = picture.repeat_interleave(3, 1).repeat_interleave(3, 2)
     assert colour_signature(large) @ signature > 0.999

@@ -79,13 +79,26 @@ def test_episodes_follow_the_seed_and_nothing_else(people):
 
 
 def test_small_classes_mean_fewer_queries():
-    labels = np.repeat(np.arange(8), [30, 8, 8, 8, 8, 7, 3, 2])
-    drawn = episodes(labels, ways=3, shots=2, count=5)  # at 15 queries one class remains
-    assert drawn.query.shape[2] == 6  # 5 of the 7 classes with 3 or more images have 8 or more
+    labels = np.repeat(np.arange(8), [30, 30, 30, 8, 8, 7, 3, 2])
+    drawn = episodes(labels, ways=3, shots=2, count=5)  # at 15 queries 3 of the 7 classes with 3 or more images remain
+    assert drawn.query.shape[2] == 6  # at 6 there are 5, at 7 there would be 3
     assert drawn.eligible.tolist() == [0, 1, 2, 3, 4] and drawn.excluded == 3
     all_but_one = episodes(labels, ways=7, shots=2, count=5)
     assert all_but_one.query.shape[2] == 1 and all_but_one.excluded == 1
     assert episodes(np.repeat(np.arange(4), 50), ways=3, shots=5, queries=4, count=5).query.shape[2] == 4
+
+
+def test_no_two_images_of_a_class_are_from_one_source():
+    labels = np.repeat(np.arange(6), 20)
+    sources = np.arange(120) // 4  # five pictures of each class, four faces cut from each
+    drawn = episodes(labels, ways=5, shots=1, queries=15, count=50, seed=0, sources=sources)
+    assert drawn.query.shape[2] == 4  # five sources, one of them is the support
+    images = np.concatenate([drawn.support, drawn.query], axis=2)
+    for own in images.reshape(-1, 5):
+        assert len(set(sources[own].tolist())) == 5 and len(set(labels[own].tolist())) == 1
+    assert len(np.unique(images)) == 120  # every image of a source has its turn
+    with pytest.raises(UserError, match="2 or more images, and there are 0"):
+        episodes(labels, ways=5, shots=1, count=5, seed=0, sources=labels)
 
 
 def test_too_few_identities_are_an_error_of_one_line():

@@ -39,6 +39,7 @@ def test_counts_never_exceed_what_there_is():
         falling = np.rint(500 * 50.0 ** (-np.arange(6) / 5))  # six classes have images
         below = counts[(counts < sizes) & (counts > 1)]
         assert set(below) <= set(falling)
+    assert sorted(power_law_counts(np.array([20, 20, 20]), 50)) == [1, 3, 20]  # 0.4 would be none
     assert power_law_counts(np.array([9]), 50).tolist() == [9]
     assert power_law_counts(np.zeros(3, dtype=np.int64), 50).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="1 or more"):

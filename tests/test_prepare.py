@@ -1,14 +1,17 @@
-"""What the prepare scripts share: rows checked against pictures, counts, the search for unpacked archives, tables.
+"""What the prepare scripts share: rows checked against pictures, counts, unpacked archives, tables, group splits.
 
 Run: python -m pytest tests/test_prepare.py
 """
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from util.data.manifest import read_manifest, write_manifest
+from util.data.near_split import name_groups, near_groups, pick_identities, split_groups
 from util.data.prepare import (
     EXAMPLES,
     Preparation,
@@ -204,6 +207,10 @@ def test_the_header_says_where_the_columns_are(tmp_path):
     assert table(tmp_path, text) == [["0", "0291/1796291.jpg"], ["7", "0002/2.jpg"]]
 
 
+def test_only_the_first_line_can_be_a_header(tmp_path):
+    assert table(tmp_path, "0,a.jpg\nclass_id,dir\n") == [["0", "a.jpg"], ["class_id", "dir"]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -227,3 +234,107 @@ def test_numbers_are_read_or_named(tmp_path):
     assert parse_numbers(["1.5"], float, "line 1") == [1.5]
     with pytest.raises(UserError, match=r"list.txt, line 7: '1, x' are no numbers"):
         parse_numbers(["1", "x"], int, "list.txt, line 7")
+
+
+# --- splits that a near-copy cannot cross -----------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A smooth random picture, unlike that of another seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def grouped(tmp_path, pictures: dict[str, Image.Image], boxes: dict[str, list] | None = None) -> set[str]:
+    """Which pictures go together, each group as its letters."""
+    for name, image in pictures.items():
+        image.save(tmp_path / f"{name}.png")
+    rows = [{"file_name": f"{name}.png", "box": (boxes or {}).get(name)} for name in pictures]
+    numbers, bad = near_groups(tmp_path, rows)
+    assert not bad
+    found = {}
+    for name, number in zip(pictures, numbers, strict=True):
+        found[number] = found.get(number, "") + name
+    return set(found.values())
+
+
+def test_near_copies_mirrors_and_equal_flat_pictures_go_together(tmp_path):
+    a, b = picture(1), picture(2)
+    pictures = {
+        "a": a, "b": b, "c": a.point(lambda value: value * 0.95), "d": a.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "e": Image.new("RGB", (9, 9), "red"), "f": Image.new("RGB", (9, 9), "red"),
+        "g": Image.new("RGB", (9, 9), "blue"),
+    }  # fmt: skip
+    assert grouped(tmp_path, pictures) == {"acd", "b", "ef", "g"}  # of flat pictures only equal ones are near
+
+
+def test_pictures_are_near_by_their_faces_or_as_a_whole(tmp_path):
+    face = picture(9, (40, 40))
+    scenes = {name: picture(seed, (160, 120)) for name, seed in (("a", 1), ("b", 2), ("c", 3), ("d", 3))}
+    scenes["a"].paste(face, (10, 10))
+    scenes["b"].paste(face, (100, 70))  # one drawing on two backgrounds
+    faces = {"a": [10, 10, 50, 50], "b": [100, 70, 140, 110]}
+    others = {"c": [0, 0, 40, 40], "d": [100, 60, 150, 110]}  # two faces of one frame
+    assert grouped(tmp_path, scenes) == {"a", "b", "cd"}
+    assert grouped(tmp_path, scenes, faces | others) == {"ab", "cd"}
+
+
+def test_pictures_that_cannot_be_decoded_are_told_and_stand_alone(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    picture(1).save(tmp_path / "b.png")
+    numbers, bad = near_groups(tmp_path, [{"file_name": f"{name}.png"} for name in "abc"])
+    assert bad == [0, 2] and len(set(numbers)) == 3
+
+
+def test_a_group_is_called_after_its_first_member():
+    ids, groups = ["d", "a", "c", "b"], [7, 3, 7, 7]
+    assert name_groups(ids, groups) == ["b", "a", "b", "b"]
+    assert name_groups(ids[:1] + ids[2:], [1, 1, 1]) == ["b"] * 3  # whatever the other groups and their numbers
+
+
+def test_identities_are_drawn_without_overlap_whatever_their_order():
+    names = [f"{i:03d}" for i in range(50)]
+    chosen = pick_identities(names, {"open_val": 5, "open_test": 7}, 3)
+    assert Counter(chosen.values()) == {"open_val": 5, "open_test": 7} and len(chosen) == 12
+    assert pick_identities([*reversed(names), "007"], {"open_val": 5, "open_test": 7}, 3) == chosen
+    assert pick_identities(names, {"open_val": 5, "open_test": 7}, 4) != chosen
+    assert pick_identities(names[:1], {"open_val": 0}, 3) == {}
+    with pytest.raises(UserError, match="49 identities cannot be held out of 50"):
+        pick_identities(names, {"open_val": 49}, 3)
+
+
+def test_a_split_by_groups_keeps_its_promises_on_random_data():
+    rng = np.random.default_rng(11)
+    for _ in range(20):
+        groups = [f"g{number}" for number in rng.integers(0, 60, 200)]
+        identities = [f"i{number}" for number in rng.integers(0, 12, 200)]
+        chosen = {"i0": "open_val", "i1": "open_test", "i2": "open_val"}
+        splits = split_groups(groups, identities, {"test": 0.3, "val": 0.4}, chosen)
+        of_group, of_identity = {}, {}
+        for group, identity, split in zip(groups, identities, splits, strict=True):
+            of_group.setdefault(group, set()).add(split)
+            of_identity.setdefault(identity, set()).add(split)
+            assert split in ({chosen[identity], None} if identity in chosen else {"train", "val", "test", None})
+        assert all(len(own - {None}) == 1 for own in of_group.values())
+        for group, own in of_group.items():  # who yields, yields to a held-out identity
+            assert None not in own or own & {"open_val", "open_test"}, group
+        assert all("train" in own or own == {None} for name, own in of_identity.items() if name not in chosen)
+
+
+def test_shares_are_those_asked_and_grow_without_moving():
+    groups = [f"g{i}" for i in range(4000)]
+    splits = split_groups(groups, ["rin"] * 4000, {"test": 0.2, "val": 0.1})
+    shares = Counter(splits)
+    assert abs(shares["test"] / 4000 - 0.2) < 0.02 and abs(shares["val"] / 4000 - 0.1) < 0.02
+    more = split_groups(groups, ["rin"] * 4000, {"test": 0.2, "val": 0.3})
+    assert all(new == old for old, new in zip(splits, more, strict=True) if old != "train")
+    fewer = split_groups(groups[::3], ["rin"] * 1334, {"test": 0.2, "val": 0.1})
+    assert fewer == splits[::3]  # whoever else is there
+
+
+def test_an_identity_gets_one_group_back_to_train_on():
+    almost_all = {"test": 0.999999}
+    assert split_groups(["b", "a", "a"], ["rin"] * 3, almost_all) == ["test", "train", "train"]
+    # what len needs back is enough for rin as well
+    assert split_groups(["a", "b", "c", "c"], ["rin", "rin", "rin", "len"], almost_all) == ["test"] * 2 + ["train"] * 2

@@ -270,6 +270,13 @@ def test_a_run_is_a_chain_of_near_uploads_of_one_class(prepare, tmp_path):
     assert near_of(tmp_path) == 1  # 184607 beside 184606
 
 
+def test_near_is_5_and_no_more(prepare, tmp_path):
+    train = "".join(f"0,{n:04d}/{n}.jpg\n" for n in (105, 195, 306, 394, 500))
+    test = "".join(f"0,{n:04d}/{n}.jpg\n" for n in (100, 200, 300, 400))  # 5 and 6 away, after and before
+    prepare(dafre(tmp_path / "in", {"train": train, "val": "0,0900/900.jpg\n", "test": test}))
+    assert near_of(tmp_path) == 2
+
+
 def test_a_run_never_holds_two_classes(prepare, tmp_path):
     lists = {"train": "0,0001/1.jpg\n1,0002/2.jpg\n0,0003/3.jpg\n", "val": "1,0004/4.jpg\n", "test": "0,0005/5.jpg\n"}
     rows = prepare(dafre(tmp_path / "in", lists))
@@ -286,6 +293,7 @@ def test_grouped_keeps_the_test_and_takes_its_runs_out_of_training(prepare, tmp_
     assert set(before) - set(rows) == {"42742", "184612", "184606"}
     assert report_of(tmp_path)["dropped"] == {"val yields to test": 2, "train yields to test": 1}
     assert (near_of(tmp_path), near_of(tmp_path, grouped=True)) == (1, 0)
+    assert set(report_of(tmp_path)["published"]) == {"identities", "test"}  # what is still as published
 
 
 def test_grouped_leaves_a_class_its_training_pictures(prepare, tmp_path):

@@ -113,6 +113,17 @@ def test_detection_is_found_wherever_it_was_unpacked(prepare_det, tmp_path, plac
     assert report_of(tmp_path)["counts"]["test pictures on disk"] == 2
 
 
+def test_both_parts_in_one_folder_are_counted_apart(prepare_det, tmp_path):
+    data = detection(tmp_path / "in", flat=True)
+    for path in list((data / f"{P}dettrain/icartoonface_dettrain").iterdir()):
+        path.rename(data / path.name)
+    save(data / f"{P}dettrain_00006.jpg", DET_SIZE)
+    assert len(prepare_det(data)) == 11
+    report = report_of(tmp_path)
+    assert (report["counts"]["train pictures on disk"], report["counts"]["test pictures on disk"]) == (6, 2)
+    assert report["notes"]["train pictures without a face in the list"] == 1
+
+
 def test_faces_of_a_picture_are_held_out_together_wherever_it_lies(prepare_det, tmp_path):
     names = [f"{P}dettrain_{i:05d}.jpg" for i in range(1, 301)]
     lines = "".join(f"{name},1,1,9,9\n{name},2,2,9,9\n" for name in names)
@@ -428,6 +439,7 @@ def test_parts_may_be_absent_and_that_is_said(prepare_rec, tmp_path, capsys):
     assert {(row["identity"], row["split"]) for row in rows.values()} == {(None, "open_test")} and len(rows) == 7
     assert rows["rectest_0000001"]["box"] == [75, 17, 251, 205]
     assert "no test labels" in capsys.readouterr().out
+    assert report_of(tmp_path)["published"] == {"test pictures": 22_500}
     assert read_protocol(tmp_path / "out", "icartoonface") is None  # that of the earlier run does not stay
 
 
@@ -435,14 +447,14 @@ def test_every_test_picture_and_trial_left_out_is_counted(prepare_rec, tmp_path)
     data = recognition(tmp_path / "in")
     test = [*REC_TEST, (0, (1, 1, 9, 9), 3), (7, (1, 1, 9, 9), 3)]
     test[1], test[2] = (1, (75, 17, 75, 205), 6), (2, (5, 5, 400, 80), 3)
-    pairs = [*PAIRS, (0, 1), (3, 0), (0, 7), (4, 99)]
+    pairs = [*PAIRS, (0, 1), (3, 0), (3, 5), (0, 7), (4, 99)]
     write(data / "icartoonface_rectest_info.txt", info_text(test, pairs))
     (data / f"{P}rectest/icartoonface_rectest/{rectest(6)}.jpg").write_bytes(b"no picture")
     rows = prepare_rec(data, *WHOLE)
     report = report_of(tmp_path)
     assert report["dropped"] == {
         "repeated row": 1, "file missing": 1, "file damaged": 1,
-        "trial of two identities": 2, "trial of a picture that is not there": 3,
+        "trial of two identities": 3, "trial of a picture that is not there": 3,
     }  # fmt: skip
     assert report["notes"] == {"box taken from icartoonface_rectest_det.txt": 1, "box cut at the border": 1}
     assert rows["rectest_0000001"]["box"] == [75, 17, 251, 205] and rows["rectest_0000002"]["box"] == [5, 5, 300, 80]

@@ -185,13 +185,13 @@ def test_open_identities_are_disjoint(prepare, tmp_path):
     assert Counter(row["split"] in ("open_val", "open_test") for row in rows.values()) == {True: 24, False: 24}
 
 
-def test_a_face_of_two_held_out_identities_stays_in_one(prepare, tmp_path):
+def test_a_face_of_two_held_out_identities_stays_in_open_test(prepare, tmp_path):
     data = class_folders(tmp_path / "in", classes=8, pictures=6)
     rows = prepare(data, "--open_identities", 2)
     val, test = (next(row for row in rows.values() if row["split"] == split) for split in ("open_val", "open_test"))
     (data / test["file_name"]).write_bytes((data / val["file_name"]).read_bytes())
     again = prepare(data, "--open_identities", 2)
-    assert set(rows) - set(again) == {test["sample_id"]} and again[val["sample_id"]]["split"] == "open_val"
+    assert set(rows) - set(again) == {val["sample_id"]} and again[test["sample_id"]]["split"] == "open_test"
     assert report_of(tmp_path)["dropped"] == {"near-copy of a picture of a held-out identity": 1}
 
 

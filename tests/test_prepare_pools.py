@@ -171,6 +171,25 @@ def test_splcher_drops_what_it_cannot_use(script, splcher, tmp_path):
     assert report_of(tmp_path / "out")["dropped"] == {"name is not <index>_<year>.jpg": 3, "file damaged": 2}
 
 
+def test_copies_in_splcher_share_source_and_split(script, tmp_path):
+    images = tmp_path / "in/images"
+    for number in range(30):
+        for copy in range(3):
+            save(images / f"{number + 100 * copy}_{2004 + 5 * copy}.jpg", encoded(picture(number), "JPEG"))
+    flags = ("--val_fraction", 0.3, "--test_fraction", 0.3)
+    script("splcher", "--data_path", tmp_path / "in", "--out", tmp_path / "out", *flags)
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 90 and report_of(tmp_path / "out")["counts"]["copies of another"] == 60
+    sides, sources = {}, {}
+    for name, row in rows.items():
+        number = int(name.split("_")[0]) % 100
+        sides.setdefault(number, set()).add(row["split"])
+        sources.setdefault(number, set()).add(row["source"])
+    assert all(len(side) == 1 for side in sides.values()) and all(len(source) == 1 for source in sources.values())
+    assert len(set.union(*sides.values())) == 3 and len(set.union(*sources.values())) == 30
+    assert {row["style"] for row in rows.values()} == {"2000-2004", "2005-2009", "2010-2014"}  # each its own era
+
+
 def test_splcher_takes_the_folder_of_pictures_itself(script, splcher, tmp_path):
     script("splcher", "--data_path", splcher / "images", "--out", tmp_path / "a")
     script("splcher", "--data_path", splcher, "--out", tmp_path / "b")

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_curve as sklearn_roc
 
 from util.benchmark import verification
 from util.benchmark.bootstrap import multiplicities
-from util.benchmark.pairs import KINDS, all_positive_pairs, pair_scores, sample_pairs
+from util.benchmark.pairs import KINDS, all_positive_pairs, pair_scores, sample_pairs, uniform_pairs
 from util.benchmark.verification import (
     Ranks,
     accuracy_at,
@@ -335,6 +335,22 @@ def test_positives_are_capped_and_uniform():
     assert abs(often - expected).max() < 4.5 * math.sqrt(expected)
     everything = all_positive_pairs(labels, None, 0)
     assert len(everything[0]) == 66 + 3 == len(set(zip(*everything, strict=True)))
+
+
+def test_a_uniform_sample_is_uniform_in_both_kinds():
+    labels = np.array([0] * 6 + [1] * 3 + [2])[np.random.default_rng(0).permutation(10)]
+    drawn = np.zeros((10, 10), dtype=int)
+    for seed in range(600):
+        pairs = uniform_pairs(labels, positives=5, negatives=4, seed=seed)
+        assert len(pairs) == 9 and pairs.kind.tolist() == [0] * 5 + [1] * 4 and len(as_set(pairs)) == 9
+        assert ((labels[pairs.a] == labels[pairs.b]) == pairs.same).all()
+        drawn[np.minimum(pairs.a, pairs.b), np.maximum(pairs.a, pairs.b)] += 1
+    same = labels[:, None] == labels
+    for kind, number, total in ((same, 5, 18), (~same, 4, 27)):
+        counts, expected = drawn[kind & (np.triu(np.ones((10, 10)), 1) > 0)], 600 * number / total
+        assert len(counts) == total and abs(counts - expected).max() < 4.5 * math.sqrt(expected)
+    assert len(uniform_pairs(labels, positives=99, negatives=99, seed=0)) == 45
+    assert len(uniform_pairs(labels[:0], positives=9, negatives=9, seed=0)) == 0
 
 
 def test_hard_negatives_are_the_nearest_by_signature():

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from util.benchmark.bootstrap import REPLICATES
-from util.benchmark.pairs import pair_scores, sample_pairs
+from util.benchmark.pairs import pair_scores, uniform_pairs
 from util.benchmark.verification import (
+    CI_NEGATIVES,
+    CI_POSITIVES,
     FPRS,
     equal_error,
     false_accepts,
@@ -24,8 +26,7 @@ from util.benchmark.verification import (
     warning,
 )
 
-EDGES = 1 << 15  # quantiles of each kind of pair that bound the bins
-_SAMPLE = 1_000_000  # negatives that the quantiles and the intervals are from
+EDGES = 1 << 15  # quantiles of each kind of pair, of a sample, that bound the bins
 
 
 def all_pairs_report(
@@ -39,13 +40,13 @@ def all_pairs_report(
 
     Thresholds are exact, each a float32 score of a pair, and with them realised FPR, TPR and EER. The AUC counts a
     positive and a negative in one bin as equal; bins are quantiles of a sample, and "auc_error_bound" states how
-    far off it can be for that, some 1e-5. Intervals are those of `verification_report` on a seeded sample of a million
-    random negatives and up to 50 positives of each identity, hence a little wide. No positive pair is held in
-    memory either. ValueError for rows that are not finite or not of length 1.
+    far off it can be for that, some 1e-5. Intervals are those of `verification_report` on a seeded sample, 250,000
+    of the positive and 1,000,000 of the negative pairs, hence a little wide. No kind of pair is held in
+    memory as a whole. ValueError for rows that are not finite or not of length 1.
     """
     embeddings, labels = np.asarray(embeddings, dtype=np.float32), np.asarray(labels)
     _check(embeddings, labels, block)
-    sample = sample_pairs(labels, seed=seed, negatives=_SAMPLE)
+    sample = uniform_pairs(labels, positives=CI_POSITIVES, negatives=CI_NEGATIVES, seed=seed)
     if sample.same.all() or not sample.same.any():
         return {"skipped": f"no pairs of {'two identities' if sample.same.any() else 'one identity'}"}
     scores = pair_scores(embeddings, sample.a, sample.b)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.benchmark.figure_style import COLOURS, INK, finish, new_figure, percent, percent_axis, short
+from util.benchmark.figure_style import COLOURS, INK, families, finish, new_figure, percent, percent_axis, short
 
 NUMBERED = 30  # classes up to which each share is written into its cell
 NAMED = 60  # classes up to which all names fit beside the matrix
@@ -53,13 +53,13 @@ def _draw_named(y, x, share, total, names, blocks):
     size = len(names)
     matrix = np.zeros((size, size))
     matrix[y, x] = share
-    figure, axes = new_figure(height=min(8.6, 3.2 + 0.24 * size))
+    figure, axes = new_figure(height=min(8.6, 3.4 + 0.24 * size))
     axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    font = {"fontsize": 8.5 if size <= NUMBERED else 6.5, "fontfamily": _families()}
+    font = {"fontsize": 8.5 if size <= NUMBERED else 6.5, "fontfamily": families()}
     axes.set_xticks(range(size), [short(name, 24) for name in names], rotation=90, **font)
     labels = [f"{short(name, 24)} ({round(count):,})" for name, count in zip(names, total, strict=True)]
     axes.set_yticks(range(size), labels, **font)
-    axes.set(xlabel="taken for", ylabel="true character (probes); cells: % of them")
+    axes.set(xlabel="taken for, % of the probes of a row", ylabel="true character (probes)")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -73,6 +73,8 @@ def _draw_named(y, x, share, total, names, blocks):
 
 
 def _draw_pooled(y, x, share, total, names, blocks):
+    from matplotlib.colors import PowerNorm  # slow to import
+
     size = len(names)
     factor = -(-size // _CELLS)
     cells = -(-size // factor)
@@ -83,22 +85,25 @@ def _draw_pooled(y, x, share, total, names, blocks):
     accuracy[y[~off]] = share[~off]
     figure, (axes, side) = new_figure(columns=2, height=6.4, sharey=True, width_ratios=(5.2, 1))
     extent = (0, cells * factor, cells * factor, 0)
-    image = axes.imshow(pooled, cmap=_map(), norm=_norm(), extent=extent, aspect="auto", interpolation="nearest")
+    pooled = np.ma.masked_equal(pooled, 0)  # left white
+    style = {"cmap": "magma_r", "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
+    image = axes.imshow(pooled, extent=extent, aspect="auto", **style)
     axes.set(xlabel="taken for", ylabel=f"true character, {size:,} of them", xlim=(0, size), ylim=(size, 0))
     axes.grid(False)
     axes.spines[:].set_visible(True)
     bar = figure.colorbar(image, ax=axes, location="top", shrink=0.6, aspect=40, pad=0.01)
     pairs = f"of {factor} x {factor} pairs, the largest" if factor > 1 else "each pair"
     bar.set_label(f"probes of the true character taken for another one ({pairs})", fontsize=9)
+    bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
     bar.ax.tick_params(labelsize=8)
     percent_axis(bar.ax.xaxis)
     known = total > 0
     step = max(1, size // 60)
     groups = [slice(first, min(first + step, size)) for first in range(0, size, step)]
-    means = [(g.start, g.stop, accuracy[g][known[g]].mean()) for g in groups if known[g].any()]
-    side.barh(
-        [(a + b) / 2 for a, b, _ in means], [m for *_, m in means], [b - a for a, b, _ in means], color=COLOURS[0]
-    )
+    groups = [group for group in groups if known[group].any()]
+    means = [accuracy[group][known[group]].mean() for group in groups]
+    heights = [group.stop - group.start for group in groups]
+    side.barh([(group.start + group.stop) / 2 for group in groups], means, heights, color=COLOURS[0])
     side.set(xlabel=f"accuracy\n(mean of {step})" if step > 1 else "accuracy", xlim=(0, 1))
     side.set_xticks([0, 0.5, 1])
     percent_axis(side.xaxis)
@@ -113,7 +118,7 @@ def _outline(axes, blocks: Sequence[tuple[str, int]], inset: int, size: int) -> 
 
     first = 0
     for _, classes in blocks:
-        if classes > 1:
+        if classes > max(1, 0.01 * size):  # smaller ones would be a line along the diagonal
             corner = first - 0.5 * inset
             axes.add_patch(Rectangle((corner, corner), classes, classes, fill=False, edgecolor=INK, linewidth=0.7))
         first += classes
@@ -130,26 +135,5 @@ def _name_blocks(axes, blocks: Sequence[tuple[str, int]], size: int) -> None:
         if all(abs(middles[i] - middles[other]) > 0.028 * size for other in taken):
             taken.append(i)
     places, labels = [middles[i] for i in taken], [short(str(blocks[i][0]), 22) for i in taken]
-    axes.set_yticks(places, labels, fontsize=8, fontfamily=_families())
-    axes.set_xticks(places, labels, fontsize=8, fontfamily=_families(), rotation=90)
-
-
-def _map():
-    from matplotlib import colormaps  # slow to import
-
-    return colormaps["magma_r"]
-
-
-def _norm():
-    from matplotlib.colors import PowerNorm  # slow to import
-
-    return PowerNorm(0.5, 0, 1, clip=True)
-
-
-def _families() -> list[str]:
-    """Fonts for names, which may be Japanese or Chinese."""
-    from matplotlib.font_manager import fontManager  # slow to import
-
-    there = {font.name for font in fontManager.ttflist}
-    eastern = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "Hiragino Sans", "Yu Gothic", "MS Gothic", "SimHei")
-    return ["DejaVu Sans", *(name for name in eastern if name in there)]
+    axes.set_yticks(places, labels, fontsize=8, fontfamily=families())
+    axes.set_xticks(places, labels, fontsize=8, fontfamily=families(), rotation=90)

@@ -137,7 +137,7 @@ def tag_probes(
     if evidence.occlusion is not None:
         tags["occlusion"] = _tag(evidence.occlusion != NO_OCCLUSION, _known(evidence.occlusion))
     if evidence.style is not None and evidence.own_style is not None:
-        both = _known(evidence.style) & _known(evidence.own_style)
+        both = _known(evidence.style) & _known(evidence.own_style) & (evidence.own_row >= 0)
         tags["style gap"] = _tag(evidence.style != evidence.own_style, both)
     if evidence.colour_own is not None and evidence.colour_rival is not None:
         alike = (evidence.colour_rival >= evidence.colour_own) & (evidence.colour_rival >= colour_floor)

@@ -36,17 +36,20 @@ class Episodes:
 
 
 def episodes(
-    labels: np.ndarray, *, ways: int, shots: int, queries: int = 15, count: int = 1000, seed: int = 0
-) -> Episodes:
-    """`count` episodes, a function of the labels, their order and the seed alone: the same for every model.
+    labels: np.ndarray, *, ways: int, shots: int, queries: int = 15, count: int = 1000, seed: int = 0,
+    sources: np.ndarray | None = None,
+) -> Episodes:  # fmt: skip
+    """`count` episodes, a function of the labels, sources, their order and the seed: the same for every model.
 
-    labels: (N,) any codes; keep the rows in one fixed order (by sample_id, say), for an image is known by its row. A
-    class takes part if it has shots + queries images. Where that would leave out more than half of the classes that
-    have any query to offer, or fewer than `ways` would remain, all classes get fewer queries, the largest number that
-    does neither. UserError where fewer than `ways` classes have shots + 1 images.
+    labels: (N,) any codes; keep the rows in one fixed order (by sample_id, say), for an image is known by its row.
+    sources: (N,) what each image was cut from, any codes; an episode shows at most one image of a class from each, for
+    a near-copy of a support image is no query. None: each image is a source of its own. In what follows the images of
+    a class are counted by their sources. A class takes part if it has shots + queries images. Where that would leave
+    out more than half of the classes that have any query to offer, or fewer than `ways` would remain, all classes get
+    fewer queries, the largest number that does neither. UserError where fewer than `ways` have shots + 1 images.
     """
-    names, members = _members(labels)
-    sizes = np.array([len(rows) for rows in members], dtype=np.int64)
+    names, members = _members(labels, sources)
+    sizes = np.array([len(own) for own in members], dtype=np.int64)
     spare = np.sort(sizes[sizes > shots] - shots)[::-1]
     if len(spare) < ways:
         raise UserError(
@@ -62,17 +65,25 @@ def episodes(
         classes[episode] = rng.choice(eligible, ways, replace=False)
         for place, number in enumerate(classes[episode]):
             own = members[number]
-            drawn[episode, place] = own[rng.choice(len(own), shots + queries, replace=False)]
+            chosen = rng.choice(len(own), shots + queries, replace=False)
+            drawn[episode, place] = [_one(own[source], rng) for source in chosen]
     return Episodes(
         drawn[:, :, :shots], drawn[:, :, shots:], names[classes], names[eligible], len(names) - len(eligible)
     )
 
 
-def _members(labels: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The labels there are, ascending, and the rows of each."""
-    labels = np.asarray(labels)
-    names, first = np.unique(np.sort(labels), return_index=True)
-    return names, np.split(np.argsort(labels, kind="stable"), first[1:])
+def _members(labels: np.ndarray, sources: np.ndarray | None) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """The labels there are, ascending, and of each its rows, apart by source."""
+    names, codes = np.unique(np.asarray(labels), return_inverse=True)
+    sources = np.arange(len(codes)) if sources is None else np.unique(sources, return_inverse=True)[1]
+    members: list[dict[int, list[int]]] = [{} for _ in names]
+    for row, (number, source) in enumerate(zip(codes.tolist(), sources.tolist(), strict=True)):
+        members[number].setdefault(source, []).append(row)
+    return names, [[np.array(rows) for rows in own.values()] for own in members]
+
+
+def _one(rows: np.ndarray, rng: np.random.Generator) -> int:
+    return int(rows[0] if len(rows) == 1 else rows[rng.integers(len(rows))])
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------
@@ -89,14 +100,15 @@ def few_shot_report(
     count: int = 1000,
     replicates: int = REPLICATES,
     seed: int = 0,
+    sources: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """{"5way_1shot": {...}, ...} for each setting (ways, shots); {"skipped": why} where there are too few images.
 
-    Arrays as in `episode_accuracies`; `methods` has "prototype". A setting holds "mean" and "ci95" of the prototype
-    method (see `summarise`), "class_bootstrap_ci95" [low, high], "episodes", "queries" (of a class, in an episode),
-    "classes" that episodes are drawn from, "excluded_classes" with too few images, and for each other method its name
-    with {"mean", "ci95", "class_bootstrap_ci95"}. ci95 tells how much other episodes from the same classes would
-    differ; the bootstrap draws the classes of the queries, so it tells how much other classes would.
+    Arrays as in `episode_accuracies`, sources as in `episodes`; `methods` has "prototype". A setting holds "mean" and
+    "ci95" of the prototype method (see `summarise`), "class_bootstrap_ci95" [low, high], "episodes", "queries" (of a
+    class, in an episode), "classes" that episodes are drawn from, "excluded_classes" with too few images, and for each
+    other method its name with {"mean", "ci95", "class_bootstrap_ci95"}. ci95 tells how much other episodes from the
+    same classes would differ; the bootstrap draws the classes of the queries, so it tells how much other classes would.
     """
     if "prototype" not in methods:
         raise ValueError('the figures of a setting are those of "prototype": it has to be among the methods')
@@ -105,7 +117,7 @@ def few_shot_report(
     for ways, shots in settings:
         name = f"{ways}way_{shots}shot"
         try:
-            drawn = episodes(labels, ways=ways, shots=shots, queries=queries, count=count, seed=seed)
+            drawn = episodes(labels, ways=ways, shots=shots, queries=queries, count=count, seed=seed, sources=sources)
         except UserError as error:
             report[name] = {"skipped": str(error)}
             continue

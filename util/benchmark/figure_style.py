@@ -1,9 +1,10 @@
 """The style that all figures of the benchmark's report share.
 
-Nothing global is touched (no pyplot, no rcParams), so figures can be drawn in any thread. Colours are Okabe and Ito's,
-told apart by people of any colour vision.
+Nothing global is touched: no pyplot, no rcParams. Colours are Okabe and Ito's, told apart by people of any colour
+vision.
 """
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ MARKERS = "osD^vP*X"
 GREY, INK = "#888888", "#222222"
 _DPI = 140
 _WIDTH = 7.2  # inches, 1008 px
+_TITLE = 68  # characters of a line
+_EASTERN = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "Hiragino Sans", "Yu Gothic", "MS Gothic", "SimHei")
 
 
 def new_figure(columns: int = 1, height: float = 4.4, **options):
@@ -33,14 +36,19 @@ def new_figure(columns: int = 1, height: float = 4.4, **options):
 
 
 def finish(figure, title: str, path: Path, legend_of=None):
-    """Put title and legend (of the labels in the axes `legend_of`) around the axes, write the PNG, return the figure."""
-    figure.suptitle("\n".join(textwrap.wrap(plain(title), 76)), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    """Put a title, and a legend of the labels in the axes `legend_of`, around the axes; write the PNG."""
+    lines = textwrap.wrap(plain(title), _TITLE)
+    even = textwrap.wrap(plain(title), len(title) // len(lines) + 6)  # no single word on the last line
+    text = "\n".join(even if len(even) == len(lines) else lines)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold", fontfamily=families())
     if legend_of is not None:
         handles, labels = legend_of.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
+        unique |= {label: unique.pop(label) for label in ("chance",) if label in unique}  # behind what is measured
         longest = max(map(len, unique))
         columns = max(1, min(len(unique), 96 // (longest + 8)))
-        figure.legend(unique.values(), unique, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+        figure.legend(unique.values(), unique, loc="outside lower center", ncols=columns, frameon=False,
+                      prop={"size": 9, "family": families()})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     # no version inside: the same numbers give the same file
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
@@ -76,12 +84,13 @@ def plain_log_ticks(axis, ticks: Sequence[int]) -> None:
 def percent(value: float) -> str:
     """A fraction as a percentage of two to three digits: 0.0123 -> 1.2 %, 0.5 -> 50 %, 0.0001 -> 0.01 %."""
     value = 100 * float(value)
-    return f"{value:.2g} %" if abs(value) < 0.1 else f"{value:.1f} %".replace(".0 %", " %")
+    number = f"{value:.2g}" if abs(value) < 0.1 else f"{value:.1f}".removesuffix(".0")
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def in_points(difference: float) -> str:
     """A difference of fractions in percentage points."""
-    return f"{100 * difference:.1f} points"
+    return f"{100 * difference:.1f}\N{NO-BREAK SPACE}points"
 
 
 def short(name: str, length: int = 40) -> str:
@@ -90,5 +99,24 @@ def short(name: str, length: int = 40) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Text that matplotlib does not take for a formula, a box for each character that no font here has."""
+    if len(families()) == 1:
+        there = _characters()
+        text = "".join(c if c.isascii() or ord(c) in there else "\N{WHITE SQUARE}" for c in text)
     return text.replace("$", r"\$")
+
+
+@functools.cache
+def families() -> list[str]:
+    """Fonts for names, which may be Japanese or Chinese."""
+    from matplotlib.font_manager import fontManager  # slow to import
+
+    there = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _EASTERN if name in there)]
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    from matplotlib.font_manager import findfont, get_font  # slow to import
+
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())

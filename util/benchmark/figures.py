@@ -59,7 +59,7 @@ def oscr_figure(curves: Mapping[str, Curve], path: Path, at: float = 0.1):
     curves: {name: (fpr, ccr)}, fpr ascending. at: the false positive rate that the title is about.
     """
     title = "When {at} of the strangers are accepted, {name} names {value} of the known faces rightly"
-    labels = ("strangers accepted (false positive rate)", "known faces accepted and named rightly (CCR)")
+    labels = ("strangers accepted (false positive rate)", "known faces named rightly (CCR)")
     return _open_set_figure(curves, path, at, labels, title)
 
 
@@ -144,7 +144,8 @@ def score_histogram(
         axes.stairs(shares[-1], edges, color=colour, linewidth=1.6, label=f"{name} ({len(values):,})")
     if threshold is not None:
         accepted = " and ".join(percent((values >= threshold).mean()) for values in (same, different))
-        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2, label=f"from {threshold:.3f} on: {accepted}")
+        label = f"threshold {threshold:.3f} accepts {accepted} of them"
+        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2, label=label)
     axes.set(xlabel=xlabel, ylabel="share of each kind, in a bin", ylim=(0, None))
     percent_axis(axes.yaxis)
     title = f"The scores of {names[0]} and of {names[1]} overlap by {percent(np.minimum(*shares).sum())}"
@@ -155,24 +156,25 @@ def size_histogram(short_sides: np.ndarray, path: Path, resolutions: Sequence[in
     """How large the face crops are, beside the resolutions that a model is tested at. short_sides: (N,) px."""
     figure, axes = new_figure(height=3.8)
     sides = np.asarray(short_sides)
-    low = min(max(1, np.quantile(sides, 0.001)), min(resolutions))
-    high = max(np.quantile(sides, 0.999), max(resolutions))
+    low = min(max(1, np.quantile(sides, 0.001)), *resolutions, np.inf)
+    high = max(np.quantile(sides, 0.999), *resolutions, low)
     edges = np.geomspace(low / 1.1, high * 1.1, 41)
     counts, _, _ = axes.hist(sides.clip(edges[0], edges[-1]), edges, color=COLOURS[0], alpha=0.8)
-    top = counts.max() * 1.2
+    top = counts.max() * 1.4  # room for the labels above the bars
     for resolution in resolutions:
         below = f"{percent((sides < resolution).mean())} below "
         axes.axvline(resolution, color=COLOURS[1], linestyle="--", linewidth=1.2)
-        axes.text(resolution, top * 0.98, below, rotation=90, ha="right", va="top", fontsize=8.5, color=COLOURS[1])
+        axes.text(resolution, top * 0.98, below, rotation=90, ha="right", va="top", fontsize=8.5, color=COLOURS[1],
+                  bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})  # fmt: skip
     axes.set_xscale("log")
     ticks = [tick for tick in (8, 16, 32, 64, 1024, 2048) if edges[0] <= tick <= edges[-1]]
     plain_log_ticks(axes.xaxis, sorted({*ticks, *resolutions}))
     axes.set(xlabel="short side of the face crop in the stored picture, px", ylabel="crops", ylim=(0, top))
     axes.set_xlim(edges[0], edges[-1])
+    if not resolutions:
+        return finish(figure, f"Half of the face crops are {np.median(sides):.0f} px or larger", path)
     largest = max(resolutions)
-    title = (
-        f"{percent((sides < largest).mean())} of the face crops hold less detail than an input of {largest} px shows"
-    )
+    title = f"{percent((sides < largest).mean())} of the face crops hold less detail than {largest} px can show"
     return finish(figure, title, path)
 
 
@@ -183,9 +185,12 @@ def long_tail_figure(counts: np.ndarray, accuracy: np.ndarray, path: Path, *, ma
     """
     figure, axes = new_figure()
     shown = np.isfinite(accuracy) & (counts > 0)
+    if not shown.any():
+        raise ValueError("no class has both training pictures and probes")
     counts, accuracy = counts[shown], accuracy[shown]
     axes.scatter(counts, accuracy, s=16, alpha=0.35, color=COLOURS[0], linewidths=0)
-    low, high = counts.min() / 1.15, counts.max() * 1.15
+    # wide enough for the label of each band
+    low, high = min(counts.min(), few / 2) / 1.15, max(counts.max(), many * 2.5 if (counts > many).any() else 0) * 1.15
     bands = {
         "tail": (low, few, counts < few),
         "mid": (few, many, (counts >= few) & (counts <= many)),
@@ -205,9 +210,7 @@ def long_tail_figure(counts: np.ndarray, accuracy: np.ndarray, path: Path, *, ma
     axes.set_yticks(np.linspace(0, 1, 6))
     percent_axis(axes.yaxis)
     (rare, least), (common, most) = next(iter(means.items())), list(means.items())[-1]
-    title = (
-        f"Characters of the {common} are named rightly {in_points(most - least)} more often than those of the {rare}"
-    )
+    title = f"{common.capitalize()} characters are named rightly {in_points(most - least)} more often than {rare} ones"
     if most <= least:
         title = f"Rare characters are named as well: {rare} {percent(least)}, {common} {percent(most)}"
     return finish(figure, title, path)
@@ -223,7 +226,8 @@ def stress_figure(report: Mapping[str, Mapping], path: Path):
     bounds = [report[name].get("drop_ci95") or (drop, drop) for name, drop in zip(names, drops, strict=True)]
     low, high = min(0, *drops, *(b[0] for b in bounds)), max(0.005, *drops, *(b[1] for b in bounds))
     figure, axes = new_figure(height=1.3 + 0.3 * len(names))
-    colours = [COLOURS[0] if b[0] > 0 or b[1] < 0 else "#B8C4CE" for b in bounds]
+    sure = [b[0] != b[1] and (b[0] > 0 or b[1] < 0) for b in bounds]
+    colours = [COLOURS[0] if certain else "#B8C4CE" for certain in sure]
     axes.barh(places, drops, color=colours, height=0.68)
     draw_intervals(axes, drops, bounds, places)
     for place, drop, bound in zip(places, drops, bounds, strict=True):
@@ -231,7 +235,7 @@ def stress_figure(report: Mapping[str, Mapping], path: Path):
         axes.text(x, place, f"{100 * drop:.1f}", va="center", fontsize=8.5)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(places, [short(name) for name in names])
-    axes.set(xlabel="accuracy lost, percentage points (lines: 95 % intervals; pale: they include 0)")
+    axes.set(xlabel="accuracy lost, percentage points\n(lines: 95 % intervals; pale: 0 inside, or none)")
     axes.set_xlim(low - 0.03 * (high - low), high + 0.1 * (high - low))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     axes.grid(False, axis="y")
@@ -248,27 +252,29 @@ def resolution_figure(report: Mapping, path: Path):
     left.plot(places, top1, color=COLOURS[0], marker="o")
     bounds = [entry.get("top1_ci95") or (entry["top1"],) * 2 for entry in entries]
     draw_intervals(left, top1, bounds, places, vertical=True)
-    left.set(ylabel="accuracy (lines: 95 % intervals)")
+    left.set(ylabel="accuracy (with 95 % interval)")
     percent_axis(left.yaxis)
     right.plot(places, latency, color=COLOURS[1], marker="o")
     slow = [entry.get("latency_ms_p95") or entry["latency_ms_p50"] for entry in entries]
     right.fill_between(places, latency, slow, alpha=0.2, color=COLOURS[1], linewidth=0)
-    right.set(ylabel="latency of one picture, ms (median to p95)", ylim=(0, None))
+    right.set(ylabel="latency, ms (median to p95)", ylim=(0, None))
     for axes, what in ((left, None), (right, "gmacs")):
         costs = [f"\n{entry[what]:.3g} GMACs" if what and entry.get(what) else "" for entry in entries]
         axes.set_xticks(places, [f"{size}{cost}" for size, cost in zip(sizes, costs, strict=True)])
         axes.set(xlabel="input side, px", xlim=(-0.35, len(sizes) - 0.65))
+    if len(sizes) == 1:
+        return finish(figure, f"{sizes[0]} px: {percent(top1[0])} named rightly, {latency[0]:.3g} ms a picture", path)
     gain, cost = top1[-1] - top1[0], latency[-1] / latency[0]
     title = f"{sizes[-1]} px instead of {sizes[0]}: {100 * gain:+.1f} points of accuracy, {cost:.1f} times the latency"
     return finish(figure, title, path)
 
 
 def few_shot_figure(reports: Mapping[str, Mapping[str, Mapping]], path: Path):
-    """Few-shot accuracy. reports: {model or method: {"5way_1shot": {"mean", "ci95"}, ...}}; skipped settings are empty."""
+    """Few-shot accuracy. reports: {model or method: {"5way_1shot": {"mean", "ci95"}, ...}}; skipped ones stay empty."""
     every = dict.fromkeys(setting for report in reports.values() for setting in report)
     settings = [setting for setting in every if any("mean" in report.get(setting, {}) for report in reports.values())]
     figure, axes = new_figure()
-    width = 0.8 / len(reports)
+    width = min(0.8 / len(reports), 0.3)
     for i, (name, report) in enumerate(reports.items()):
         for place, setting in enumerate(settings):
             entry = report.get(setting, {})
@@ -290,8 +296,9 @@ def few_shot_figure(reports: Mapping[str, Mapping[str, Mapping]], path: Path):
     axes.grid(False, axis="x")
     best = max(reports, key=lambda name: reports[name].get(settings[0], {}).get("mean", -1))
     ways, shots = _ways_and_shots(settings[0])
-    title = f"From {shots} picture{'s' * (shots > 1)} of each, {best} tells {ways} new characters apart in "
-    return finish(figure, title + f"{percent(reports[best][settings[0]]['mean'])} of the cases", path, legend_of=axes)
+    mean, pictures = percent(reports[best][settings[0]]["mean"]), f"{shots} picture{'s' * (shots > 1)}"
+    title = f"From {pictures} of each, {best} tells {ways} new characters apart with an accuracy of {mean}"
+    return finish(figure, title, path, legend_of=axes)
 
 
 def _ways_and_shots(setting: str) -> tuple[int, int]:
@@ -306,7 +313,7 @@ def threshold_figure(
     """What becomes of the rates when the threshold is moved.
 
     sensitivity: dicts with "threshold" and rates. chosen: the threshold in use, else the middle one. metrics: {key:
-    label} of the rates to draw, else all that are in 0..1 in every dict, apart from "change".
+    label} of the rates to draw, else all that are in 0..1 in every dict, apart from "offset".
     """
     rows = sorted(sensitivity, key=lambda row: row["threshold"])
     keys = metrics or {key: key.replace("_", " ") for key in rows[0] if _is_rate(key, rows)}
@@ -328,5 +335,5 @@ def threshold_figure(
 
 def _is_rate(key: str, rows: Sequence[Mapping]) -> bool:
     numbers = [row.get(key) for row in rows]
-    known = key not in ("threshold", "change") and all(isinstance(number, (int, float)) for number in numbers)
+    known = key not in ("threshold", "offset") and all(isinstance(number, (int, float)) for number in numbers)
     return known and all(0 <= number <= 1 for number in numbers)

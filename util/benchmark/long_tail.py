@@ -74,7 +74,7 @@ def long_tail_report(
     not in the correlation. "thresholds": {"many", "few", "definition"}.
     """
     train_counts = np.asarray(train_counts, dtype=np.int64)
-    present, accuracy = _class_accuracies(predicted, labels, len(train_counts))
+    present, accuracy = class_accuracies(predicted, labels, len(train_counts))
     frequency = train_counts[present]
     group = np.select([frequency > many, frequency >= few, frequency > 0], [0, 1, 2], default=3)
     members = {name: group == number for number, name in enumerate((*_GROUPS, "untrained"))}
@@ -110,7 +110,7 @@ def frequency_curve(train_counts: np.ndarray, predicted: np.ndarray, labels: np.
     from the rarest class with probes to the most frequent one. A dict: "low", "high": fewest and most training images
     of its classes; "frequency": their geometric mean; "classes"; "accuracy": averaged over them; "std": population.
     """
-    present, accuracy = _class_accuracies(predicted, labels, len(train_counts))
+    present, accuracy = class_accuracies(predicted, labels, len(train_counts))
     frequency = np.asarray(train_counts)[present]
     accuracy, frequency = accuracy[frequency > 0], frequency[frequency > 0]
     if not len(frequency):
@@ -140,7 +140,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def _class_accuracies(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def class_accuracies(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """The classes with probes, ascending, and the share of the probes of each that is named right."""
     if not len(labels):
         raise ValueError("no labelled samples to score")

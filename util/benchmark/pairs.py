@@ -68,6 +68,26 @@ def all_positive_pairs(labels: np.ndarray, cap: int | None, seed: int) -> tuple[
     return a[by_row], b[by_row]
 
 
+def uniform_pairs(labels: np.ndarray, *, positives: int, negatives: int, seed: int) -> Pairs:
+    """A seeded sample of all pairs: each positive pair is equally likely, so frequent identities weigh as in the whole.
+
+    labels: (N,) identity codes. positives, negatives: at most that many of each kind, none twice.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts, sizes = _runs(np.asarray(labels)[order])
+    total_to = np.cumsum(sizes * (sizes - 1) // 2)
+    total = int(total_to[-1]) if len(labels) else 0
+    numbers = _distinct(total, min(positives, total), _NONE, rng_for(seed, "uniform positive pairs"))
+    which = np.searchsorted(total_to, numbers, "right")
+    low, high = _triangle(numbers - total_to[which] + sizes[which] * (sizes[which] - 1) // 2)
+    a, b = order[starts[which] + low], order[starts[which] + high]
+    space = _NegativePairs(np.asarray(labels))
+    negatives = min(negatives, space.total)
+    first, second = space.pairs(_distinct(space.total, negatives, _NONE, rng_for(seed, "random pairs")))
+    kind = np.repeat(np.arange(2, dtype=np.uint8), [len(a), negatives])
+    return Pairs(np.concatenate([a, first]), np.concatenate([b, second]), kind == 0, kind)
+
+
 def pair_scores(embeddings: np.ndarray, a: np.ndarray, b: np.ndarray, *, block: int = 2048) -> np.ndarray:
     """Cosine of each pair of rows, (P,) float32, `block` pairs at a time.
 

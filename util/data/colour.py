@@ -27,7 +27,8 @@ def colour_signature(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
     CIE L*a*b*, each pixel shared out among the 8 bins around it and weighted by a Gaussian window; the root of each
     share, so that the cosine of two signatures is the Bhattacharyya coefficient of the histograms, in 0..1.
     """
-    pixels = torch.as_tensor(pixels)
+    if not torch.is_tensor(pixels):
+        pixels = torch.from_numpy(np.array(pixels))  # a copy: PyTorch warns of arrays that cannot be written
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
         raise ValueError(f"a picture must be uint8 (3, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
     small = functional.adaptive_avg_pool2d(pixels.float(), _SIDE).round_().to(torch.uint8)

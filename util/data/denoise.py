@@ -1,15 +1,15 @@
 """Wrong identities in a training set: which rows to leave out, by four rules. Pure functions on arrays.
 
-    duplicates   the same picture again, or under several identities
+    duplicates   the same picture again, nearly the same, or the same under several identities
     centroid     far from its identity's centre, or nearer another one
     confident    confident learning on out-of-sample probabilities (Northcutt et al., arXiv 1911.00068)
     subcentre    in a part of its identity that lies farther off than the next identity does; the idea of sub-centre
                  ArcFace (Deng et al., ECCV 2020), with k-means in place of trained sub-centres
 
 Embeddings are (N, D) with L2-normalised rows, labels (N,) int64 class numbers in 0..C-1. No rule depends on the order
-of the rows, and none brings a class below `floor` rows: classes that small are not judged, because their centre or
-their probabilities would be those of the very rows in question. Filters by centre eat rare identities all the same:
-`removed_by_band` tells how much.
+of the rows. Classes below `floor` rows are not judged, because their centre or their probabilities would be those of
+the very rows in question, and `spare` keeps the others from falling below it. Filters by centre eat rare identities all
+the same: `removed_by_band` tells how much.
 """
 
 from collections import Counter, defaultdict
@@ -68,16 +68,20 @@ def rows_by_class(labels: np.ndarray) -> list[np.ndarray]:
 # --- duplicates -------------------------------------------------------------------------------------------------
 
 
-def duplicate_flags(pictures: Sequence[Hashable], labels: np.ndarray, ids: Sequence[str]) -> Flags:
+def duplicate_flags(
+    pictures: Sequence[Hashable], labels: np.ndarray, ids: Sequence[str], near: tuple[Sequence, Sequence] = ((), ())
+) -> Flags:
     """Rows that show a picture again. pictures: (N,) what tells two apart, such as a digest. ids: (N,) unique names.
 
     Of the rows of one picture and one identity the first by name is kept. Where one picture has several identities
-    nobody can tell which is right: all its rows are flagged, but for the last row of an identity.
+    nobody can tell which is right: all its rows are flagged, but for the last row of an identity. near: pairs of rows
+    that are nearly the same; of those of one identity, what is near to a kept row is flagged, by name again. Near
+    pictures of two identities are left: there are characters who look alike.
     """
     flags = no_flags(len(labels))
-    order = np.argsort(np.asarray(ids, dtype=str), kind="stable")
+    order = np.argsort(np.asarray(ids, dtype=str), kind="stable").tolist()
     flags.score[order] = np.arange(len(order))
-    rows_of = defaultdict(list)
+    rows_of, neighbours = defaultdict(list), defaultdict(list)
     for row in order:
         rows_of[pictures[row]].append(row)
     for rows in rows_of.values():
@@ -85,11 +89,21 @@ def duplicate_flags(pictures: Sequence[Hashable], labels: np.ndarray, ids: Seque
             flags.reason[rows] = "same picture under several identities"
         else:
             flags.reason[rows[1:]] = "same picture as another"
+    for one, other in zip(*near, strict=True):
+        if labels[one] == labels[other]:
+            neighbours[int(one)].append(int(other))
+            neighbours[int(other)].append(int(one))
+    for row in order:
+        earlier = (other for other in neighbours[row] if flags.score[other] < flags.score[row])
+        if flags.reason[row] is None and any(flags.reason[other] is None for other in earlier):
+            flags.reason[row] = "nearly the same picture as another"
     return spare(flags, labels, 1)
 
 
-def link_groups(ids: Sequence[str], *columns: Sequence[Hashable | None]) -> list[str]:
-    """A group for each row, by the name of its first member: rows that share a value in any column are together.
+def link_groups(
+    ids: Sequence[str], *columns: Sequence[Hashable | None], pairs: tuple[Sequence, Sequence] = ((), ())
+) -> list[str]:
+    """A group for each row, called as its first member: rows that share a value in any column, or are a pair.
 
     ids: (N,) unique names. columns: N values each, such as the source or a digest of the picture; None links nothing.
     """
@@ -105,6 +119,8 @@ def link_groups(ids: Sequence[str], *columns: Sequence[Hashable | None]) -> list
         for row, value in enumerate(column):
             if value is not None:
                 parent[root(row)] = root(first.setdefault(value, row))
+    for one, other in zip(*pairs, strict=True):
+        parent[root(int(one))] = root(int(other))
     roots = [root(row) for row in range(len(ids))]
     name: dict[int, str] = {}
     for own, found in zip(ids, roots, strict=True):
@@ -134,8 +150,9 @@ class Centroids:
 
     @property
     def agreement(self) -> float:
-        """Share of the rows that lie nearer to their own centre than to any other; NaN without rows."""
-        return float((self.own > self.other).mean()) if len(self.own) else float("nan")
+        """Share of the rows, those with another judged class to go to, that lie nearer to their own centre; or NaN."""
+        asked = np.isfinite(self.other)
+        return float((self.own > self.other)[asked].mean()) if asked.any() else float("nan")
 
 
 def fit_centroids(
@@ -161,7 +178,7 @@ def fit_centroids(
     judged = counts >= floor
     other = nearest_other(embeddings, labels, directions, judged)
     low = _least_usual(own, labels, counts, judged, sds)
-    low_gap = _least_usual(np.maximum(own - other, -2.0), labels, counts, judged, sds)
+    low_gap = _least_usual(np.minimum(own - other, 2.0), labels, counts, judged, sds)
     return Centroids(directions, low, low_gap, judged, own, other)
 
 

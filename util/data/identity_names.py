@@ -15,19 +15,21 @@ from dataclasses import dataclass
 
 # Races and kinds that data sets list as characters; the first five are the ones DAF:re is known for, the others are
 # the playable races of the same games.
-GENERIC = frozenset(
-    "mithra elvaan hume inkling octoling tarutaru galka miqote au_ra lalafell hyur elezen roegadyn viera".split()
-)
+GENERIC = frozenset((
+    "mithra", "elvaan", "hume", "inkling", "octoling",
+    "tarutaru", "galka", "miqote", "au_ra", "lalafell", "hyur", "elezen", "roegadyn", "viera",
+))  # fmt: skip
 # qualifiers that tell a form of the same person, not a series
-FORMS = frozenset(
-    "character male female young younger old older adult child teen all true_form alter lily human human_form "
-    "anime manga movie original new cosplay swimsuit summer bride maid santa halloween school_uniform".split()
-)
+FORMS = frozenset((
+    "character", "all", "male", "female", "young", "younger", "old", "older", "adult", "child", "teen", "original",
+    "new", "alter", "lily", "human", "human_form", "true_form", "anime", "manga", "movie", "cosplay", "swimsuit",
+    "summer", "bride", "maid", "santa", "halloween", "school_uniform",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Name:
-    """A name taken apart. text: as given, spelling levelled. base: without qualifiers. series, forms: the qualifiers."""
+    """A name taken apart. text: as given, spelling levelled. base: no qualifiers. series, forms: the qualifiers."""
 
     text: str
     base: str
@@ -74,9 +76,9 @@ def without_number(name: str) -> str:
     return re.sub(r"^\d+_+(?=.*[^\W\d_])", "", name)
 
 
-def base_name(text: str) -> str:
-    """The tag without what follows the first "_(": the grouping that the counts published for DAF:re and ACRD use."""
-    return text.split("_(", 1)[0]
+def base_name(tag: str) -> str:
+    """A tag without the qualifiers at its end: the grouping that the counts known for DAF:re and ACRD go by."""
+    return re.sub(r"_\(.*\)$", "", tag)
 
 
 def parse_name(text: str) -> Name:

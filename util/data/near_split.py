@@ -5,15 +5,25 @@ put copies of the training pictures into the test. A group is whatever belongs t
 pictures, a chain of uploads.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from util.benchmark.leakage import components
+from util.data.face_crop import face_region
+from util.data.images import decode_image
+from util.data.phash import hash_images, near_pairs
 from util.data.prepare import Preparation
 from util.data.roles import in_part
 from util.run.errors import UserError
+from util.run.log import progress
 from util.run.seed import rng_for
 
+NEAR = 4  # bits; at more, faces of different characters begin to match
 TRAIN = "train"
 
 
@@ -44,8 +54,45 @@ def add_split(
             work.add({**row, "split": split, "source": name})
 
 
-def near_groups(root: Path, rows: Sequence[Mapping]) -> tuple[list[int], list[int]]:
-    raise NotImplementedError
+def near_groups(root: Path, rows: Sequence[Mapping], distance: int = NEAR) -> tuple[list[int], list[int]]:
+    """A number for the component of near-identical pictures each row belongs to, (N,), and the rows without a picture.
+
+    Two rows are linked where their whole pictures, or their faces where they have a `box`, are at most `distance` bits
+    apart (64-bit DCT hash, the mirror image too; `util.data.phash`), or equal pixel for pixel. Whole pictures find
+    the other characters of one frame, faces the same drawing on a background that moved. Decodes each picture once,
+    with boxes twice.
+    """
+    views = [("pictures", [root / row["file_name"] for row in rows])]
+    if any(row.get("box") is not None for row in rows):
+        views.append(("faces", _Faces(root, rows)))
+    ends, bad = [], set()
+    for label, view in views:
+        with progress(total=len(rows), desc=f"hashing {label}", unit="img") as bar:
+            hashes = hash_images(view, workers=os.cpu_count() or 1, advance=bar.update)
+        near = near_pairs(hashes, distance)
+        bad.update(row for row, *_ in hashes.bad)
+        readable = np.flatnonzero(hashes.readable)
+        _, first, same = np.unique(hashes.digest[readable], return_index=True, return_inverse=True)
+        ends += [(near.a, near.b), (readable, readable[first[same]])]
+    one, other = (np.concatenate(side) for side in zip(*ends, strict=True))
+    return components(len(rows), one, other).tolist(), sorted(bad)
+
+
+class _Faces:
+    """The faces of rows as a source of pictures, one a row; a row without a box shows its picture."""
+
+    def __init__(self, root: Path, rows: Sequence[Mapping]):
+        self.root, self.rows = root, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, i: int) -> Image.Image:
+        image, box = decode_image(self.root / self.rows[i]["file_name"]), self.rows[i].get("box")
+        if box is None:
+            return image
+        x1, y1, x2, y2 = face_region(box, 0.0)
+        return image.crop((max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)))
 
 
 def name_groups(ids: Sequence[str], groups: Sequence[Hashable]) -> list[str]:
@@ -87,7 +134,7 @@ def split_groups(
     groups, identities: (N,) names. fractions: {"test": 0.2, "val": 0.1}, the share of the groups that a fixed hash of
     the name puts into each split; the rest is "train". open_identities: {identity: split} of `pick_identities`. Where
     a group holds such an identity, its samples of other identities yield (None): they would be near-copies, in
-    training, of what is held out. A group with identities of two such splits goes to the first of them by name.
+    training, of what is held out. A group with identities of two such splits goes to open_test before open_val.
     An identity that would have no training group left gets the first of its groups back.
     """
     chosen = open_identities or {}

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb, log2
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from util.data.images import BadImage, decode_image
-from util.data.sources import Source
+from util.data.sources import FolderSource, Source
 
 SIDE = 32  # px of the picture that is transformed
 LOW = 8  # frequencies kept along each axis
@@ -73,6 +73,14 @@ class NearPairs(NamedTuple):
     mirrored: np.ndarray
 
 
+def join_hashes(parts: Sequence[Hashes]) -> Hashes:
+    """The hashes of several lists of pictures, one after the other."""
+    starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    bad = [(start + row, *rest) for start, part in zip(starts, parts, strict=False) for row, *rest in part.bad]
+    names = ("plain", "mirror", "digest", "blank")
+    return Hashes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names), bad)
+
+
 def dct_hash(grey: np.ndarray) -> np.ndarray:
     """The 64-bit hashes (N,) uint64 of (N, 32, 32) uint8 grey pictures."""
     if grey.shape[1:] != (SIDE, SIDE) or grey.dtype != np.uint8:
@@ -111,10 +119,11 @@ def hash_images(
     if isinstance(pictures, Sequence):
         names, load = [str(path) for path in pictures], lambda row: decode_image(pictures[row])
     else:
-        names, load = pictures.column("file_name"), pictures.load
-    first: dict[str, int] = {}
-    # a source that has no file names (a Hub data set) has a picture in every row
-    owner = np.array([row if name is None else first.setdefault(name, row) for row, name in enumerate(names)], np.int64)
+        # of other sources (faces cut out of one file) a name does not settle the picture
+        names = pictures.column("file_name") if isinstance(pictures, FolderSource) else range(len(pictures))
+        load = pictures.load
+    first: dict = {}
+    owner = np.array([first.setdefault(name, row) for row, name in enumerate(names)], dtype=np.int64)
     todo, place, rows_of = np.unique(owner, return_inverse=True, return_counts=True)
     chunks = [slice(start, start + _CHUNK) for start in range(0, len(todo), _CHUNK)]
     parts = []
@@ -126,7 +135,9 @@ def hash_images(
     if not parts:
         none = np.zeros(0, np.uint64)
         return Hashes(none, none, none, np.zeros(0, bool), [])
-    plain, mirror, digest, blank = (np.concatenate(column)[place] for column in zip(*(p[0] for p in parts), strict=True))
+    plain, mirror, digest, blank = (
+        np.concatenate(column)[place] for column in zip(*(p[0] for p in parts), strict=True)
+    )
     reasons = {row: (path, reason) for part in parts for row, path, reason in part[1]}
     bad = [(row, *reasons[own]) for row, own in enumerate(owner.tolist()) if own in reasons]
     return Hashes(plain, mirror, digest, blank, bad)
@@ -211,7 +222,7 @@ def _masks(distance: int, codes: int) -> Iterator[np.uint64]:
 
     kept = min((1, 2, 3, 4), key=cost)
     edges = [round(64 * band / (distance + kept)) for band in range(distance + kept + 1)]
-    bands = [(1 << high) - (1 << low) for low, high in zip(edges, edges[1:], strict=False)]
+    bands = [(1 << high) - (1 << low) for low, high in pairwise(edges)]
     for chosen in combinations(bands, kept):
         yield np.uint64(sum(chosen))
 

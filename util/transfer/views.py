@@ -137,13 +137,12 @@ def mistakes(subject: Subject, closed: Outcome, **options) -> Outcome:
     probes, gallery, labels = (closed.arrays[name] for name in ("probes", "gallery", "labels"))
     predicted, gallery_labels = closed.arrays["ranked"][:, 0], closed.arrays["gallery_labels"]
     found = find_neighbours(probes.embeddings, gallery.embeddings, labels, gallery_labels, predicted)
-    rivals = found.pop("rival_label")
     nearest_own = found["own_row"]
     evidence = Evidence(
         labels,
         predicted,
         **found,
-        **colour_evidence(subject.looks(probes), subject.looks(gallery), labels, rivals, gallery_labels),
+        **colour_evidence(subject.looks(probes), subject.looks(gallery), labels, found["rivals"], gallery_labels),
         short_side=face_sizes(subject.pictures(probes.name), probes.rows, every=True).min(axis=1),
         occlusion=_known(probes.facts["occlusion"]),
         style=_known(probes.facts["style"]),
