@@ -1,4 +1,4 @@
-"""The lists behind a report: who was named what, and which pairs were compared, so that models can be set side by side."""
+"""The lists behind a report, who was named what and which pairs were compared, to set models side by side."""
 
 import csv
 import io

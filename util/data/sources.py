@@ -171,7 +171,8 @@ def list_folder(folder: Path, labels: str = "auto") -> tuple[Manifest, np.ndarra
     """The pictures under a folder as a manifest, sorted by path, and their sizes (N,) in bytes.
 
     Top folders called train, val (or valid, validation, dev), test, open_val, open_test and novel are splits, where
-    there is a train/ or nothing else; all is train otherwise. labels: as in `open_source`. Raises UserError if there is no picture.
+    there is a train/ or nothing else; all is train otherwise. labels: as in `open_source`. Raises UserError if there is
+    no picture.
     """
     names, sizes, others = _scan(folder)
     if not names:
