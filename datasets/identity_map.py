@@ -27,8 +27,8 @@ from util.run.files import write_atomically
 from util.run.log import write_json
 
 COLUMNS = ("canonical", "dataset", "class_id", "name", "alias_group", "ambiguous", "generic")
-# moeImouto's short or otherwise romanised names, and the tag of the same character; each looked up by hand. Names that
-# could be several characters ("reina", "midori") are not here: they have no counterpart.
+# moeImouto's short or otherwise romanised names, and the tag of the same character: paired from memory, the tags were
+# checked to exist, no picture was looked at. Names that could be several characters ("reina", "midori") are left out.
 MOEIMOUTO_TAGS = {
     "black_rock_shooter": "black_rock_shooter_(character)",
     "canal_volphied": "canal_vorfeed",

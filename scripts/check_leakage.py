@@ -66,6 +66,7 @@ def get_parser() -> Parser:
     parser.add_argument("--embeddings", metavar="FILE", help=".npz with embeddings (N, D) and sample_id (N,)")
     bits = number(int, 0, 16)
     parser.add_argument("--distance", type=bits, default=4, help="bits of 64 that near-duplicates differ in, 0 to 16")
+    parser.add_argument("--face_distance", type=bits, default=2, help="the same for faces cut to their boxes, 0 to 16")
     parser.add_argument(
         "--far", type=bits, default=8, help="bits up to which a pair counts if its embeddings agree, 0 to 16"
     )
@@ -107,8 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         names = ", ".join(":".join(own) for own in sides)
         raise UserError(f"there is only {names}, nothing that could leak: give data with splits, or a --pool")
     links, unsure = leakage.find_links(
-        pictures, distance=args.distance, far=args.far, cosine=args.cosine, confirm=args.confirm, ignore=args.ignore
-    )
+        pictures, distance=args.distance, face_distance=args.face_distance, far=args.far, cosine=args.cosine,
+        confirm=args.confirm, ignore=args.ignore,
+    )  # fmt: skip
     identities = leakage.identity_leaks(pictures, ignore=args.ignore)
     found = Findings(pictures, links, unsure, forbidden, identities)
     report = found.report()
@@ -299,7 +301,7 @@ def write_report(out: Path, report: dict, found: Findings, parts: list[Part], ex
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "leaks.json", report)
     args = report["args"]
-    rule = f"Hash distance at most {args['distance']} of 64 bits"
+    rule = f"Hash distance at most {args['distance']} of 64 bits, {args['face_distance']} of faces in boxes"
     if args["embeddings"]:
         rule += f", up to {args['far']} with a cosine of {args['confirm']}; cosine of {args['cosine']} alone"
     text = ["# Leaks", "", f"{rule}. Ignored: {', '.join(args['ignore']) or 'nothing'}.", ""]

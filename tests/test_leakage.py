@@ -102,10 +102,14 @@ def test_far_pairs_are_links_where_embeddings_agree():
 
 
 def test_faces_link_pictures_whose_surroundings_differ():
-    faces = codes(4, 8)
+    faces = codes(6, 8)
     faces[3] = flip(faces[0], 2, 3)
-    links, _ = leakage.find_links(pictures_of("tvte", hashes_of(codes(4)), faces=hashes_of(faces)))
+    faces[5] = flip(faces[4], 2, 3, 50)
+    pictures = pictures_of("tvtete", hashes_of(codes(6)), faces=hashes_of(faces))
+    links, _ = leakage.find_links(pictures)
     assert found(links) == [(0, 3, "face")] and links.distance.tolist() == [2]
+    links, _ = leakage.find_links(pictures, face_distance=3)
+    assert found(links) == [(0, 3, "face"), (4, 5, "face")]
 
 
 def test_a_pair_comes_once_as_its_strongest_kind():

@@ -62,7 +62,7 @@ class HubSource:
         self.columns = find_columns(dataset.features, name)
         self._images = undecoded(dataset.select_columns([self.columns.image]), self.columns.image)
         self._facts = dataset.select_columns(self.columns.facts) if self.columns.facts else None
-        self.fingerprint = _fingerprint(self._images.data.column(self.columns.image), rows)
+        self.fingerprint = _fingerprint(self._images.data.column(self.columns.image), rows, split)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,7 +93,7 @@ def open_hub(name: str, role: str, val_fraction: float) -> HubSource:
     keys = (f"{share.of}/{row}" for row in range(len(dataset)))
     rows = np.flatnonzero(in_part(keys, share.part, val_fraction))
     if not len(rows):
-        raise UserError(f"{name} has no picture for {role!r} at --val_fraction {val_fraction}: change it")
+        raise MissingRole(f"{name} has no picture for {role!r} at --val_fraction {val_fraction}: change it")
     return HubSource(name, dataset, rows, share.of)
 
 
@@ -196,10 +196,16 @@ def _fetch(path: str) -> bytes | str:
         raise BadImage(path, f"cannot be fetched ({error})") from error
 
 
-def _fingerprint(images: pa.ChunkedArray, rows: np.ndarray) -> str:
-    """From the byte count of every picture: it reads offsets only, so it is cheap on a memory-mapped table."""
-    digest = hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=8)
+def _fingerprint(images: pa.ChunkedArray, rows: np.ndarray, split: str) -> str:
+    """From the split and the byte count of every picture: offsets only are read, so it is cheap on a mapped table.
+
+    A picture that is stored by its path has no bytes there; its path stands for it.
+    """
+    digest = hashlib.blake2b(split.encode() + rows.astype("<i8").tobytes(), digest_size=8)
     for chunk in images.chunks:
-        sizes = pc.fill_null(pc.binary_length(pc.struct_field(chunk, "bytes")), -1)
+        stored = pc.struct_field(chunk, "bytes")
+        sizes = pc.fill_null(pc.binary_length(stored), -1)
         digest.update(sizes.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        for path in pc.struct_field(chunk, "path").filter(pc.is_null(stored)).to_pylist():
+            digest.update(f"{path}\0".encode())
     return digest.hexdigest()

@@ -163,7 +163,7 @@ def _for_role(name: str, manifest: Manifest, sizes: np.ndarray | None, role: str
         keys = [source or file_name for source, file_name in zip(*columns, strict=True)]
         manifest = manifest.keep(in_part(keys, share.part, val_fraction))
     if not len(manifest):
-        raise UserError(f"{name} has no picture left for {role!r} at --val_fraction {val_fraction}: change it")
+        raise MissingRole(f"{name} has no picture left for {role!r} at --val_fraction {val_fraction}: change it")
     return FolderSource(name, manifest, None if sizes is None else sizes[manifest.rows])
 
 
