@@ -14,7 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.data.prepare import Preparation, find_below, image_sizes, picture_folder, prepare_parser, read_table, require
+from util.data.prepare import (
+    Preparation,
+    begin,
+    find_below,
+    image_sizes,
+    picture_folder,
+    prepare_parser,
+    read_table,
+    require,
+)
 from util.run.errors import UserError, cli
 
 WRITER = "prepare_dafre"
@@ -54,10 +63,8 @@ def get_parser():
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    root, out = Path(args.data_path), Path(args.out)
-    if not root.is_dir():
-        raise UserError(f"{root} does not exist: give the folder that DAF:re was unpacked in")
-    work = Preparation(WRITER, root, out)
+    work = begin(args, WRITER, "DAF:re")
+    root = work.root
     listed = read_lists(work, Path(args.labels) if args.labels else root, args.resplit)
     counts, published = {}, PUBLISHED
     if {row["split"] for row in listed} == set(LISTS):

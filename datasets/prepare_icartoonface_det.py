@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.data.images import SUFFIXES
 from util.data.prepare import (
     Preparation,
+    begin,
     find_below,
     image_sizes,
     parse_numbers,
@@ -53,10 +54,8 @@ def get_parser():
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    root, out = Path(args.data_path), Path(args.out)
-    if not root.is_dir():
-        raise UserError(f"{root} does not exist: give the folder that iCartoonFace detection was unpacked in")
-    work = Preparation(WRITER, root, out)
+    work = begin(args, WRITER, "iCartoonFace detection")
+    root = work.root
     updated, original, test = (find_below(root, name) for name in (UPDATED, ORIGINAL, TEST_LIST))
     if updated is None and original is None and test is None:
         raise UserError(

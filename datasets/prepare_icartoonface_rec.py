@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.data.near_split import add_split, near_groups, pick_identities
 from util.data.prepare import (
     Preparation,
+    begin,
     find_below,
     fit_box,
     image_sizes,
@@ -72,10 +73,8 @@ def get_parser():
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    root, out = Path(args.data_path), Path(args.out)
-    if not root.is_dir():
-        raise UserError(f"{root} does not exist: give the folder that iCartoonFace recognition was unpacked in")
-    work = Preparation(WRITER, root, out)
+    work = begin(args, WRITER, "iCartoonFace recognition")
+    root, out = work.root, work.out
     train_list = None if args.test_only else find_below(root, TRAIN_LIST)
     info, test_list, names = (find_below(root, name) for name in (TEST_INFO, TEST_LIST, NAMES))
     if train_list is None and info is None and test_list is None:

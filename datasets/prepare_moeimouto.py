@@ -18,6 +18,7 @@ from util.data.images import SUFFIXES
 from util.data.near_split import add_split, near_groups, pick_identities
 from util.data.prepare import (
     Preparation,
+    begin,
     find_below,
     folders_below,
     image_sizes,
@@ -59,12 +60,10 @@ def get_parser():
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    root, out = Path(args.data_path), Path(args.out)
-    if not root.is_dir():
-        raise UserError(f"{root} does not exist: give the folder that moeImouto was unpacked in")
+    work = begin(args, WRITER, "moeImouto")
+    root = work.root
     if args.test_fraction + args.val_fraction >= 1:
         raise UserError("--test_fraction and --val_fraction leave nothing to train on: lower them")
-    work = Preparation(WRITER, root, out)
     labels = Path(args.labels) if args.labels else root
     require(labels, "the lists", ORIGIN)
     classes = find_below(labels, CLASSES)

@@ -8,6 +8,7 @@
 A script reads an unpacked folder where it lies; nothing is copied. Running it again writes the same file.
 """
 
+import argparse
 import os
 import sys
 from collections import Counter
@@ -223,6 +224,14 @@ class Preparation:
         print(f"  dropped  {listed(self._dropped)}")
         if any(self.notes.values()):
             print(f"  noted    {listed(self.notes)}")
+
+
+def begin(args: argparse.Namespace, writer: str, what: str) -> Preparation:
+    """The preparation that the flags of `prepare_parser` describe. what: the data set, for the error of no folder."""
+    root = Path(args.data_path)
+    if not root.is_dir():
+        raise UserError(f"{root} does not exist: give the folder that {what} was unpacked in")
+    return Preparation(writer, root, Path(args.out))
 
 
 def fit_box(box: Sequence[float], size: tuple[int, int] | None) -> tuple[list[float] | None, str | None]:
