@@ -27,12 +27,18 @@ _HEADLINES = {
 
 
 def number(value, interval: Sequence[float] | None = None) -> str:
-    """A rate in per cent, with its interval: "61.2 (58.0 to 64.1)"; "-" for none; the reason where it was skipped."""
-    if isinstance(value, Mapping):
-        return f"- ({value.get('skipped', 'not measured')})"
-    if value is None:
+    """A rate in per cent, with its interval: "61.2 (58.0 to 64.1)"; "-" where there is none."""
+    if value is None or isinstance(value, Mapping):
         return "-"
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
+
+
+def not_measured(blocks: Mapping[str, object]) -> list[str]:
+    """A line that says why figures are missing: those of `blocks` that are {"skipped": why}; else nothing."""
+    reasons = [
+        f"{name}: {why['skipped']}" for name, why in blocks.items() if isinstance(why, Mapping) and "skipped" in why
+    ]
+    return ["", f"Not measured: {'; '.join(reasons)}."] if reasons else []
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
@@ -107,6 +113,7 @@ def _verification(results: dict) -> list[str]:
         )
         + ".",
     ]
+    lines += not_measured({f"TPR at {fpr}": point for fpr, point in points.items()})
     tried = results.get("threshold", {})
     if "value" in tried:
         lines += [
@@ -145,24 +152,27 @@ def _few_shot(results: dict) -> list[str]:
     lines = table(
         ("setting", "prototype", "1-NN", "logistic", "prototype, 95 % over characters", "queries", "characters"), rows
     )
-    return [*lines, "", f"Episodes of {results['on']}; ± is the 95 % interval over episodes."]
+    lines += ["", f"Episodes of {results['on']}; ± is the 95 % interval over episodes."]
+    return lines + not_measured({key.replace("_", " "): block for key, block in settings(results)})
 
 
 def _long_tail(results: dict) -> list[str]:
-    def band(name: str) -> list:
-        value = results[name]
-        return [name, results["classes"][name], number(value, results.get(f"{name}_ci95"))]
-
-    lines = table(("characters", "how many", "accuracy, mean over characters"), map(band, ("head", "mid", "tail")))
-    spearman = results["spearman_frequency_accuracy"]
-    lines += [
-        "",
-        f"Macro F1 {number(results['macro_f1'], results['macro_f1_ci95'])}; Spearman correlation of frequency and "
-        f"accuracy {spearman:.2f}."
-        if isinstance(spearman, float)
-        else f"Macro F1 {number(results['macro_f1'])}.",
-    ]
-    return lines
+    bands = ("head", "mid", "tail")
+    lines = table(
+        ("characters", "how many", "accuracy, mean over characters"),
+        ([name, results["classes"][name], number(results[name], results.get(f"{name}_ci95"))] for name in bands),
+    )
+    spearman, limits = results["spearman_frequency_accuracy"], results["thresholds"]
+    found = f"Macro F1 {number(results['macro_f1'], results['macro_f1_ci95'])}"
+    if spearman is not None:
+        found += f"; Spearman correlation of frequency and accuracy {spearman:.2f}"
+        found += _range(results["spearman_frequency_accuracy_ci95"])
+    found += f". Head: more than {limits['many']} training pictures; tail: fewer than {limits['few']}."
+    if results["imbalance"] is not None:
+        found += (
+            f" The gallery was cut to an imbalance of {results['imbalance']:g}: {results['gallery']} pictures are left."
+        )
+    return [*lines, "", found, *not_measured({name: results[name] for name in bands})]
 
 
 def _stress(results: dict) -> list[str]:
@@ -187,11 +197,15 @@ def _resolution(results: dict) -> list[str]:
     rows = []
     for key, block in results.items():
         if key.isdigit():
-            rows.append([key, number(block)] if "skipped" in block else [
+            rows.append([key, *["-"] * 5] if "skipped" in block else [
                 key, number(block["top1"], block["top1_ci95"]), f"{block['latency_ms_p50']:.1f}",
                 f"{block['latency_ms_p95']:.1f}", f"{block['images_per_s']:.0f}", f"{block['gmacs']:.2f}",
             ])  # fmt: skip
-    return table(("px", "Top-1", "latency ms, p50", "p95", "images/s", "GMACs"), rows)
+    lines = table(("px", "Top-1", "latency ms, p50", "p95", "images/s", "GMACs"), rows)
+    crops = results["source_crops"]["short_side_px"]
+    found = ", ".join(f"{name[1:]} %: {value:.0f}" for name, value in crops.items())
+    lines += ["", f"Short side of the source crops, quantiles in px: {found}. Enlarging them adds no information."]
+    return lines + not_measured({f"{key} px": block for key, block in results.items() if key.isdigit()})
 
 
 def _open_set(results: dict) -> list[str]:
@@ -207,6 +221,7 @@ def _open_set(results: dict) -> list[str]:
     lines = table(header, (row(name, block) for name, block in blocks.items()))
     lines += ["", f"{results['known']} probes of known characters, {results['unknown']} of "
               f"{results['unknown_identities']} that were never trained on."]  # fmt: skip
+    lines += not_measured({f"DIR at {far}": value for far, value in results["dir_at_far"].items()})
     chosen = results["threshold"]
     if "value" in chosen:
         test = chosen["test"]
@@ -235,14 +250,15 @@ def errors_section(results: dict) -> list[str]:
     rows = []
     for tag, found in results["tags"].items():
         if "skipped" in found:
-            rows.append([tag, f"- ({found['skipped']})", "", ""])
+            rows.append([tag, "-", "-", "-"])
             continue
         ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}" + _range(found["ratio_ci95"])
         shares = (number(found[key], found[f"{key}_ci95"]) for key in ("share_of_errors", "share_of_correct"))
         rows.append([tag, *shares, ratio])
     lines = table(("tag", "of the errors", "of the rightly named", "ratio"), rows)
     counted = f"{results['errors']} errors of {results['probes']} probes; {number(results['untagged'])} % have no tag."
-    return [*lines, "", f"{counted} A tag explains errors only where its ratio is above 1, interval and all."]
+    lines += ["", f"{counted} A tag explains errors only where its ratio is above 1, interval and all."]
+    return lines + not_measured(results["tags"])
 
 
 def _range(interval: list[float] | None) -> str:
