@@ -209,11 +209,18 @@ def test_hard_negatives_are_reported_apart():
 
 
 def test_few_shot_takes_novel_characters_and_others_where_they_do_not_suffice():
+    results = protocols.few_shot(make_bench(), settings=((5, 1), (8, 1), (5, 8), (12, 1)), count=20).results
+    assert results["5way_1shot"]["on"] == "novel" and results["5way_1shot"]["classes"] == 6
+    assert results["8way_1shot"]["on"] == "novel + open_test" and results["8way_1shot"]["classes"] == 10
+    assert results["5way_8shot"]["on"] == "novel" and "skipped" in results["12way_1shot"]
+    # pictures from one source are one: too few for five shots, and open_test helps out
+    few = make_split("novel", list(NOVEL) * 9, sources=[f"{i % 6}, {i // 24}" for i in range(54)])
+    more = make_split("open_test", list("ghijk") * 9)
+    results = protocols.few_shot(make_bench(novel=few, open_test=more), settings=((5, 1), (5, 5)), count=20).results
+    assert results["5way_1shot"]["on"] == "novel" and results["5way_1shot"]["queries"] == 2
+    assert results["5way_5shot"]["on"] == "novel + open_test" and results["5way_5shot"]["classes"] == 5
     run = {"settings": ((5, 1),), "count": 20}
-    assert protocols.few_shot(make_bench(), **run).results["on"] == "novel"
-    more = protocols.few_shot(make_bench(), settings=((8, 1),), count=20).results
-    assert more["on"] == "novel + open_test" and more["identities"] == 10
-    assert protocols.few_shot(make_bench(novel=None, open_test=make_split("open_test", list("ghijk") * 6)), **run)
+    assert protocols.few_shot(make_bench(novel=None, open_test=more), **run).results["5way_1shot"]["on"] == "open_test"
     with pytest.raises(Skipped):
         protocols.few_shot(make_bench(novel=None, open_test=None), **run)
 

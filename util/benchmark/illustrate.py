@@ -63,7 +63,7 @@ def _closed_set(folder: Path, outcome: Outcome, classes: Sequence[str]) -> list[
 def _verification(folder: Path, outcome: Outcome) -> list[Path]:
     pairs, scores = outcome.arrays["pairs"], outcome.arrays["scores"]
     curves, points = {}, {}
-    for name, title in (("random", "random negatives"), ("hard", "negatives in the same colours")):
+    for name, title in (("random", "the model"), ("hard", "the model, pairs in the same colours")):
         block = outcome.results if name == "random" else outcome.results.get("hard", {})
         if "tpr_at_fpr" not in block:
             continue

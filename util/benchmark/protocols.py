@@ -345,24 +345,31 @@ HEAD_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def few_shot(bench: Bench, *, settings: tuple[tuple[int, int], ...], count: int) -> Outcome:
     """Episodes of characters that were never trained on; the same ones for every model.
 
-    They are those of the novel split; where it has fewer than an episode needs, those of open_test join them.
+    They are those of the novel split; where it has too few of them, or too few pictures of each, for a setting, those
+    of open_test join them for that setting. A block's "on" says which.
     """
     novel, others = bench.first("novel"), bench.first("open_test")
-    most = max(ways for ways, _ in settings)
     if novel is None and others is None:
         raise Skipped("no novel or open_test split: identities that were never trained on")
-    if novel is None or (others is not None and len(set(novel.identity)) < most):
-        split = others if novel is None else join_splits(novel, others)
-    else:
-        split = novel
-    split = split.take(np.argsort(split.facts["sample_id"].astype(str)))  # the same episodes however rows are ordered
+    pools = [split for split in (novel, others if novel is None else None) if split is not None]
+    if novel is not None and others is not None:
+        pools.append(join_splits(novel, others))
     train = bench.split("train")
     base_mean = None if train is None else train.embeddings.mean(axis=0)
-    results = few_shot_report(
-        split.embeddings, split.codes(), settings, base_mean, sources=split.sources,
-        count=count, replicates=bench.replicates, seed=bench.seed,
-    )  # fmt: skip
-    return Outcome({**results, "on": split.name, "identities": len(np.unique(split.codes()))})
+    options = {"count": count, "replicates": bench.replicates, "seed": bench.seed}
+    results: dict = {}
+    for setting in settings:
+        for pool in pools:
+            # sorted: the same episodes whatever order the rows are in
+            split = pool.take(np.argsort(pool.facts["sample_id"].astype(str)))
+            found = few_shot_report(
+                split.embeddings, split.codes(), (setting,), base_mean, sources=split.sources, **options
+            )
+            ((name, block),) = found.items()
+            results[name] = {**block, "on": split.name}
+            if "skipped" not in block:
+                break
+    return Outcome(results)
 
 
 def long_tail(bench: Bench, *, many: int, few: int, imbalance: float | None = None) -> Outcome:

@@ -146,13 +146,13 @@ def _few_shot(results: dict) -> list[str]:
     for key, block in settings(results):
         methods = (block, block.get("nearest", {}), block.get("logistic", {}))
         classes = number(block.get("mean"), block.get("class_bootstrap_ci95"))
-        rows.append(
-            [key.replace("_", " "), *map(cell, methods), classes, block.get("queries", "-"), block.get("classes", "-")]
-        )
+        about = (block.get(name, "-") for name in ("queries", "classes"))
+        rows.append([key.replace("_", " "), *map(cell, methods), classes, *about, block["on"]])
     lines = table(
-        ("setting", "prototype", "1-NN", "logistic", "prototype, 95 % over characters", "queries", "characters"), rows
+        ("setting", "prototype", "1-NN", "logistic", "prototype, 95 % over characters", "queries", "characters", "of"),
+        rows,
     )
-    lines += ["", f"Episodes of {results['on']}; ± is the 95 % interval over episodes."]
+    lines += ["", "± is the 95 % interval over episodes; queries of each character in an episode."]
     return lines + not_measured({key.replace("_", " "): block for key, block in settings(results)})
 
 
