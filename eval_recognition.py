@@ -170,8 +170,8 @@ def save_embeddings(path: Path, bench: Bench) -> None:
     write_atomically(path, write)
 
 
-def explain(args, bench: Bench, subject: Subject, outcomes: dict[str, Outcome]) -> Outcome | None:
-    """The error taxonomy of the closed set, where that was run and the pictures are at hand."""
+def explain(bench: Bench, subject: Subject, outcomes: dict[str, Outcome]) -> Outcome | None:
+    """The error taxonomy of the closed set, where that was run."""
     closed = outcomes.get("closed_set")
     if closed is None or not closed.arrays:
         return None
@@ -186,7 +186,7 @@ def evaluate(args, here: Session) -> None:
     subject, bench = open_subject(args, here)
     here.run.say(f"evaluating {subject.name} on {args.data_path}")
     outcomes = run_protocols(args, here, bench, subject)
-    if errors := explain(args, bench, subject, outcomes):
+    if errors := explain(bench, subject, outcomes):
         outcomes["errors"] = errors
     if not here.world.is_main:
         return

@@ -84,6 +84,9 @@ def test_the_figures_are_those_of_the_lists(report):
     lines = (out / "predictions.csv").read_text().splitlines()[1:]
     assert len(lines) == 16
     assert results["closed_set"]["top1"] == np.mean([line.split(",")[2] == "1" for line in lines])
+    wrong = (out / "errors.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in wrong} == {line.split(",")[0] for line in lines if line.split(",")[2] == "0"}
+    assert len(wrong) == results["errors"]["errors"] > 0
     pairs = pq.read_table(out / "protocols" / "verification.parquet").to_pydict()
     scores, kind = np.load(out / "verification_scores.npy"), np.array(pairs["kind"])
     chosen, same = kind != "hard", np.array(pairs["label"])
@@ -130,13 +133,20 @@ def test_a_second_evaluation_embeds_nothing(report, people, trained, monkeypatch
 
 def test_embeddings_of_any_model_get_the_same_report(report, people, tmp_path):
     out, results = report
-    again = evaluate(tmp_path / "out", "--embeddings", out / "embeddings.npz", "--data_path", people)
+    flags = ("--embeddings", out / "embeddings.npz", "--data_path", people, "--all_pairs")
+    again = evaluate(tmp_path / "out", *flags)
     for method in ("centroid", "knn"):
         assert again["closed_set"]["by"][method] == results["closed_set"]["by"][method]
     assert again["closed_set"]["method"] == "centroid"
     assert again["verification"]["auc"] == pytest.approx(results["verification"]["auc"])
     assert again["open_set"]["auroc"] == pytest.approx(results["open_set"]["auroc"])
     assert again["few_shot"]["5way_1shot"]["mean"] == pytest.approx(results["few_shot"]["5way_1shot"]["mean"])
+    # there are so few pairs that the list holds all: every pair, streamed, is the same
+    every = again["verification"]["all_pairs"]
+    pairs = pq.read_table(tmp_path / "out" / "protocols" / "verification.parquet").to_pydict()
+    scores, same = np.load(tmp_path / "out" / "verification_scores.npy"), np.array(pairs["label"])
+    assert (every["positives"], every["negatives"]) == (same.sum(), len(same) - same.sum()) == (45, 108)
+    assert every["auc"] == pytest.approx(roc_auc_score(same, scores), abs=every["auc_error_bound"] + 1e-6)
     assert "skipped" in again["resolution"] and "skipped" in again["stress"]["colour_shift"]["synthetic"]
 
 

@@ -32,7 +32,24 @@ def write_lists(folder: Path, outcomes: dict[str, Outcome], classes: Sequence[st
     if (checked := outcomes.get("verification")) is not None and checked.arrays:
         write_pairs(folder, checked)
         written["verification"] = ["protocols/verification.parquet", "verification_scores.npy"]
+    if (errors := outcomes.get("errors")) is not None:
+        write_errors(folder / "errors.csv", errors, classes)
+        written["errors"] = ["errors.csv"]
     return written
+
+
+def write_errors(path: Path, outcome: Outcome, classes: Sequence[str]) -> None:
+    """A row for each error, the clearest first: whom it was taken for, the pictures most like it, the tags."""
+    probes, gallery = (outcome.arrays[name].facts["sample_id"] for name in ("probes", "gallery"))
+
+    def row(error: dict) -> list:
+        nearest = (None if error[key] is None else gallery[error[key]] for key in ("nearest_row", "own_row"))
+        named = (classes[error["label"]], classes[error["predicted"]] if error["predicted"] != NOBODY else None)
+        figures = (f"{error['score']:.4f}", f"{error['margin']:.4f}", "; ".join(error["tags"]))
+        return [probes[error["row"]], *named, *nearest, *figures]
+
+    header = ["sample_id", "identity", "taken_for", "nearest_of_that", "nearest_of_its_own", "score", "margin", "tags"]
+    write_csv(path, header, map(row, outcome.arrays["errors"]))
 
 
 def write_predictions(path: Path, closed: Outcome, classes: Sequence[str]) -> None:
