@@ -116,7 +116,7 @@ def load_recogniser(
         return trained
     weights_of = ckpt.removeprefix("timm:") if ckpt.startswith("timm:") else None
     name = model or (f"timm:{weights_of}" if weights_of else None)
-    stored = {} if name else load_weights(ckpt).args
+    stored = {} if name else load_weights(ckpt, official_names=False).args
     name = name or str(stored.get("model", "")).removeprefix("mae_")
     if not name:
         raise UserError(f"{ckpt} does not say which model it is of: give --model, such as vit_base_patch16")

@@ -12,7 +12,7 @@ import main_finetune
 import main_linprobe
 import main_lora
 from models_mae import build_mae
-from models_transfer import load_transferred
+from models_transfer import load_recogniser, load_transferred
 from models_vit import VisionTransformer
 from tests import helpers
 from tests.helpers import IDENTITIES, assert_same, make_identities, outcome, results_of, transfer_flags
@@ -169,6 +169,29 @@ def test_adapters_of_another_model_are_refused(trained, tmp_path, change):
     with pytest.raises(UserError) as refusal:
         load_transferred(tmp_path / "other.pth")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("script", ["linprobe", "lora", "finetune"])
+def test_a_run_of_a_transfer_script_is_a_recogniser_with_its_head(trained, script):
+    path = trained[script] / "checkpoint-best.pth"
+    expected, found = load_transferred(path), load_recogniser(str(path))
+    assert found.classes == expected.classes and not any("lora_" in name for name in found.model.state_dict())
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(found.model(images), expected.model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_an_encoder_are_a_recogniser_without_a_head(init, tmp_path):
+    bare = load_recogniser(str(init), model="vit_nano_patch8", input_size=16)
+    assert bare.classes == () and isinstance(bare.model.head, torch.nn.Identity)
+    start = read_checkpoint(init)["model"]
+    assert torch.equal(bare.model.blocks[0].attn.qkv.weight, start["blocks.0.attn.qkv.weight"])
+    save_checkpoint(tmp_path / "says.pth", {"model": start, "args": {"model": "mae_vit_nano_patch8", "input_size": 16}})
+    told = load_recogniser(str(tmp_path / "says.pth"))
+    assert told.args["model"] == "vit_nano_patch8" and told.args["input_size"] == 16
+    assert torch.equal(told.model.pos_embed, bare.model.pos_embed)
+    with pytest.raises(UserError, match="give --model"):
+        load_recogniser(str(init))
 
 
 def test_a_pretraining_checkpoint_is_no_transferred_model(init):
