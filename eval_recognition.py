@@ -22,6 +22,7 @@ from util.benchmark.lists import write_lists
 from util.benchmark.protocols import Outcome, Skipped
 from util.benchmark.report import headline, write_report
 from util.data.colour import reduce_signatures
+from util.data.trials import ICARTOONFACE, read_protocol
 from util.run import args as flags
 from util.run.errors import UserError
 from util.run.files import write_atomically
@@ -120,7 +121,7 @@ def open_subject(args, here: Session) -> tuple[Subject, Bench]:
 
 def runs(args, bench: Bench, subject: Subject) -> dict[str, Callable[[], Outcome]]:
     """The protocols by name, ready to be run."""
-    trials = protocols.read_protocol(args.data_path, protocols.ICARTOONFACE)
+    trials = read_protocol(args.data_path, ICARTOONFACE)
     settings = tuple((ways, shots) for ways in args.ways for shots in args.shots)
     pairs = {"negatives": args.negatives, "positives_per_identity": args.positives, "all_pairs": args.all_pairs}
     return {

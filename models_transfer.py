@@ -77,8 +77,12 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
     kind of checkpoint, and where the start weights are no longer what the run began with.
     """
     checkpoint = read_checkpoint(Path(path))
-    if not {"model", "classes", "args"} <= checkpoint.keys():
+    if not _is_transferred(checkpoint):
         raise UserError(f"{path} is no checkpoint of a transfer run: give checkpoint-best.pth of one")
+    return _transferred(checkpoint, path, device)
+
+
+def _transferred(checkpoint: dict, path: str | Path, device: torch.device | str) -> Transferred:
     args, state, classes = checkpoint["args"], checkpoint["model"], tuple(checkpoint["classes"])
     on_base = "base" in checkpoint
     model = start_backbone(args, weights=on_base)
@@ -109,13 +113,14 @@ def load_recogniser(
     else 224. Adapters are merged. An encoder without a head has no classes and its head is the identity.
     """
     path = Path(ckpt)
-    if path.is_file() and path.suffix not in (".safetensors", ".bin") and _is_transferred(path):
-        trained = load_transferred(path, device)
-        if trained.lora:
-            merge_lora(trained.model)
-        return trained
-    weights_of = ckpt.removeprefix("timm:") if ckpt.startswith("timm:") else None
-    name = model or (f"timm:{weights_of}" if weights_of else None)
+    if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+        checkpoint = read_checkpoint(path)
+        if _is_transferred(checkpoint):
+            trained = _transferred(checkpoint, path, device)
+            if trained.lora:
+                merge_lora(trained.model)
+            return trained
+    name = model or (ckpt if ckpt.startswith("timm:") else None)
     stored = {} if name else load_weights(ckpt, official_names=False).args
     name = name or str(stored.get("model", "")).removeprefix("mae_")
     if not name:
@@ -127,8 +132,7 @@ def load_recogniser(
     return Transferred(start_backbone(args).to(device).eval(), (), args, None)
 
 
-def _is_transferred(path: Path) -> bool:
-    checkpoint = read_checkpoint(path)
+def _is_transferred(checkpoint) -> bool:
     return isinstance(checkpoint, dict) and {"model", "classes", "args"} <= checkpoint.keys()
 
 

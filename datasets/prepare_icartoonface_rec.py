@@ -26,6 +26,7 @@ from util.data.prepare import (
     picture_folder,
     prepare_parser,
 )
+from util.data.trials import ICARTOONFACE, write_protocol
 from util.run.args import count, count0, ratio
 from util.run.errors import UserError, cli
 from util.run.files import write_text
@@ -38,7 +39,6 @@ TEST_INFO = "icartoonface_rectest_info.txt"
 NAMES = "icartoonface_rectest_idInfo.txt"  # in spite of its name: of the identities to train on
 TRAIN_ORIGIN = "the download personai_icartoonface_rectrain"
 TEST_ORIGIN = "the download personai_icartoonface_rectest"
-PROTOCOL = "icartoonface"
 OPEN_LABEL = "test_"  # the test numbers its identities by itself: they must never meet those of the training part
 PUBLISHED_TRAIN = {"train pictures": 389_678, "train identities": 5_013}
 PUBLISHED_TEST = {"test pictures": 22_500, "distractors": 2_500, "test faces": 20_000, "test identities": 2_000}
@@ -267,11 +267,9 @@ def read_boxes(path: Path) -> dict[str, list[float]]:
 def write_trials(out: Path, trials: dict[str, list] | None) -> None:
     """Write the protocol, or remove that of an earlier run which the present data do not have."""
     if trials is None:
-        (out / "protocols" / f"{PROTOCOL}.parquet").unlink(missing_ok=True)
+        (out / "protocols" / f"{ICARTOONFACE}.parquet").unlink(missing_ok=True)
     else:
-        from util.benchmark.protocols import write_protocol  # slow to import
-
-        write_protocol(out, PROTOCOL, trials)
+        write_protocol(out, ICARTOONFACE, trials)
 
 
 # --- both -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from util.benchmark.long_tail import FEW, MANY, long_tail_subsample
+from util.benchmark.long_tail import BANDS, FEW, MANY, band_names, long_tail_subsample
 from util.data.derive import check_target, write_part
 from util.data.manifest import Manifest, read_manifest
 from util.run.args import Parser, count0, number
@@ -75,12 +75,13 @@ def say(manifest: Manifest, kept: np.ndarray, path: Path) -> None:
     columns = manifest.keep(kept).table.select(["split", "identity"]).to_pydict()
     pairs = list(zip(columns["split"], columns["identity"], strict=True))
     counts = np.array(list(Counter(name for split, name in pairs if split == "train" and name is not None).values()))
-    groups = {"head": counts > MANY, "mid": (counts <= MANY) & (counts >= FEW), "tail": counts < FEW}
+    bands = band_names(counts)
     splits = Counter(split for split, _ in pairs)
     print(f"{path}: " + ", ".join(f"{split} {count}" for split, count in sorted(splits.items())))
     print(f"  train has {len(counts)} identities of {counts.min()} to {counts.max()} pictures")
     bounds = {"head": f"more than {MANY}", "mid": f"{FEW} to {MANY}", "tail": f"fewer than {FEW}"}
-    for name, inside in groups.items():
+    for name in BANDS:
+        inside = bands == name
         print(f"  {name:5} {inside.sum()} identities, {counts[inside].sum()} pictures ({bounds[name]} each)")
     unnamed = sum(split == "train" and name is None for split, name in pairs)
     if unnamed:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from util.benchmark.embedded import read_embeddings
+from util.benchmark.long_tail import band_names
 from util.data import denoise
 from util.data.derive import check_target, write_part
 from util.data.face_crop import FaceCrops
@@ -34,6 +35,7 @@ from util.data.manifest import Manifest, read_manifest
 from util.data.near_split import NEAR
 from util.data.phash import MAX_DISTANCE, Hashes, hash_images, near_pairs
 from util.data.sources import FolderSource
+from util.data.trials import write_protocol
 from util.run.args import Parser, count, count0, fraction, number, positive, ratio
 from util.run.errors import UserError, cli
 from util.run.log import progress, write_json
@@ -97,8 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     test = ladder.judge_test()
     done = write_part(manifest, kept, out, WRITER)
     if test:
-        from util.benchmark.protocols import write_protocol  # slow to import
-
         write_protocol(out, PROTOCOL, test)
     report = ladder.report(test) | {
         "args": vars(args),
@@ -138,7 +138,7 @@ class Ladder:
         hashed = np.array(split) == "test"
         hashed[self.rows] = True
         self.place = np.where(hashed, np.cumsum(hashed) - 1, -1)  # of each row in `hashes`
-        self.bands = denoise.band_names(np.bincount(self.labels[self.rows]))
+        self.bands = band_names(np.bincount(self.labels[self.rows]))
         self.least = None  # rows that each identity keeps, once duplicates are gone
         self.embeddings = None
         self.agreement: dict[str, float] = {}  # share of a split's rows that lie nearest to their own centre

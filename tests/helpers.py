@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from util.data.manifest import read_manifest
 from util.training.checkpoint import read_checkpoint
 
 IDENTITIES = ("asuka", "hikari", "misato", "rei")
@@ -77,3 +78,19 @@ def transfer_flags(data, run, *more) -> list[str]:
     recipe = "--model vit_nano_patch8 --input_size 16 --batch_size 8 --epochs 2 --warmup_epochs 1 --lr 1e-3"
     recipe += " --device cpu --num_workers 0 --log_every 2"
     return ["--data_path", str(data), "--output_dir", str(run), *recipe.split(), *map(str, more)]
+
+
+def preparer(script, tmp_path: Path) -> Callable[..., dict[str, dict]]:
+    """prepare(data, flag, ...): run a prepare script into tmp_path/out; the rows it writes, by sample_id."""
+
+    def run(data: Path, *flags) -> dict[str, dict]:
+        script.main(["--data_path", str(data), "--out", str(tmp_path / "out"), *map(str, flags)])
+        manifest = read_manifest(tmp_path / "out")
+        return {manifest.row(i)["sample_id"]: manifest.row(i) for i in range(len(manifest))}
+
+    return run
+
+
+def report_of(tmp_path: Path) -> dict:
+    """What a prepare script has left beside the rows."""
+    return json.loads((tmp_path / "out/preparation.json").read_text())

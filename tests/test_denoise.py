@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import fails
+from util.benchmark.long_tail import band_names
 from util.data import denoise
 from util.data.manifest import read_manifest, write_manifest
 
@@ -375,7 +376,7 @@ def test_parts_of_a_cluster_are_found_and_their_centres_are_means():
 
 
 def test_bands_have_the_bounds_of_the_long_tail():
-    bands = denoise.band_names(np.array([101, 100, 20, 19, 1]))
+    bands = band_names(np.array([101, 100, 20, 19, 1]))
     assert bands.tolist() == ["head", "mid", "mid", "tail", "tail"]
     labels, flagged = np.array([0, 0, 3, 4, 4]), np.array([True, False, True, True, False])
     assert denoise.removed_by_band(labels, flagged, bands) == {
@@ -482,7 +483,7 @@ def test_what_the_report_adds_up_to(script, prepared, tmp_path):
 
 
 def test_the_test_split_gets_a_second_list(script, prepared, tmp_path):
-    from util.benchmark.protocols import read_protocol
+    from util.data.trials import read_protocol
 
     script("--data_path", prepared.folder, "--embeddings", prepared.embeddings, "--out", tmp_path / "out")
     trials = read_protocol(tmp_path / "out", "clean_test")
@@ -601,7 +602,7 @@ def test_embeddings_that_are_not_finite_go_first(script, prepared, tmp_path):
 
 
 def test_masks_and_protocols_of_a_part(script, tmp_path, capsys):
-    from util.benchmark.protocols import read_protocol, write_protocol
+    from util.data.trials import read_protocol, write_protocol
 
     for name in "abc":
         Image.new("RGB", (4, 4), (9, 9, 9) if name == "c" else (ord(name), 0, 0)).save(tmp_path / f"{name}.png")

@@ -252,7 +252,7 @@ def test_a_stress_that_is_not_known_is_named(prepared, tmp_path, capsys):
 
 
 def test_the_official_trials_of_a_prepared_folder_are_used(prepared, tmp_path):
-    from util.benchmark.protocols import write_protocol
+    from util.data.trials import write_protocol
 
     folder, embeddings, rows = prepared
     strangers = [row["sample_id"] for row in rows if row["split"] == "open_test"]

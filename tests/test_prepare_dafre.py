@@ -4,7 +4,6 @@ The lists hold real lines of the release. Run: python -m pytest tests/test_prepa
 """
 
 import csv
-import json
 import os
 from collections import Counter
 from itertools import pairwise
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import fails
+from helpers import fails, preparer, report_of
 from PIL import Image
 
 from util.data.manifest import read_manifest, write_manifest
@@ -52,17 +51,7 @@ def dafre(folder: Path, lists=LISTS, variant: str = "faces") -> Path:
 @pytest.fixture
 def prepare(script, tmp_path):
     """prepare(data, flag, ...): the rows it writes, by sample_id."""
-
-    def run(data: Path, *flags) -> dict[str, dict]:
-        script.main(["--data_path", str(data), "--out", str(tmp_path / "out"), *map(str, flags)])
-        manifest = read_manifest(tmp_path / "out")
-        return {manifest.row(i)["sample_id"]: manifest.row(i) for i in range(len(manifest))}
-
-    return run
-
-
-def report_of(tmp_path) -> dict:
-    return json.loads((tmp_path / "out/preparation.json").read_text())
+    return preparer(script, tmp_path)
 
 
 def near_of(tmp_path, grouped: bool = False) -> int:

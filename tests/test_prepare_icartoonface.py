@@ -4,19 +4,18 @@ Run: python -m pytest tests/test_prepare_icartoonface.py
 """
 
 import csv
-import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import fails
+from helpers import fails, preparer, report_of
 from PIL import Image
 
-from util.benchmark.protocols import read_protocol
 from util.data.face_crop import FaceCrops
-from util.data.manifest import read_manifest, write_manifest
+from util.data.manifest import write_manifest
 from util.data.sources import open_source
+from util.data.trials import read_protocol
 
 P = "personai_icartoonface_"
 
@@ -61,19 +60,6 @@ def detection(folder: Path, train: str = DET_TRAIN, test: str = DET_TEST, flat: 
     return folder
 
 
-def runner(script, tmp_path):
-    def run(data: Path, *flags) -> dict[str, dict]:
-        script.main(["--data_path", str(data), "--out", str(tmp_path / "out"), *map(str, flags)])
-        manifest = read_manifest(tmp_path / "out")
-        return {manifest.row(i)["sample_id"]: manifest.row(i) for i in range(len(manifest))}
-
-    return run
-
-
-def report_of(tmp_path) -> dict:
-    return json.loads((tmp_path / "out/preparation.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def det_script(import_script):
     return import_script("datasets/prepare_icartoonface_det.py")
@@ -82,7 +68,7 @@ def det_script(import_script):
 @pytest.fixture
 def prepare_det(det_script, tmp_path):
     """prepare_det(data, flag, ...): the rows it writes, by sample_id."""
-    return runner(det_script, tmp_path)
+    return preparer(det_script, tmp_path)
 
 
 def test_each_face_is_a_row(prepare_det, tmp_path):
@@ -291,7 +277,7 @@ def rec_script(import_script):
 @pytest.fixture
 def prepare_rec(rec_script, tmp_path):
     """prepare_rec(data, flag, ...): the rows it writes, by sample_id."""
-    return runner(rec_script, tmp_path)
+    return preparer(rec_script, tmp_path)
 
 
 WHOLE = ("--val_identities", 0, "--val_fraction", 0)

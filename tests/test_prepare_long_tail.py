@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers import fails
-from util.benchmark.protocols import read_protocol, write_protocol
 from util.data.manifest import read_manifest, write_manifest
+from util.data.trials import read_protocol, write_protocol
 
 IDENTITIES, EACH = 12, 40
 

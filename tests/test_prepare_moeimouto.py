@@ -3,16 +3,15 @@
 The lists hold real lines. Run: python -m pytest tests/test_prepare_moeimouto.py
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import fails
+from helpers import fails, preparer, report_of
 from PIL import Image
 
-from util.data.manifest import read_manifest, write_manifest
+from util.data.manifest import write_manifest
 from util.data.sources import open_source
 
 CLASSES = "class_id,class_name\n0,103_reinforce_zwei\n1,004_takamachi_nanoha\n"
@@ -42,13 +41,7 @@ def script(import_script):
 @pytest.fixture
 def prepare(script, tmp_path):
     """prepare(data, flag, ...): the rows it writes, by sample_id."""
-
-    def run(data: Path, *flags) -> dict[str, dict]:
-        script.main(["--data_path", str(data), "--out", str(tmp_path / "out"), *map(str, flags)])
-        manifest = read_manifest(tmp_path / "out")
-        return {manifest.row(i)["sample_id"]: manifest.row(i) for i in range(len(manifest))}
-
-    return run
+    return preparer(script, tmp_path)
 
 
 def listed(folder: Path, suffix: str = ".png") -> Path:
@@ -69,10 +62,6 @@ def class_folders(folder: Path, classes: int = 6, pictures: int = 20) -> Path:
             save(folder / f"thumb/{number:03d}_name{number}/face_{i}_1_2.png", picture(number, i))
         (folder / f"thumb/{number:03d}_name{number}/color.csv").write_text("1,2,3\n")
     return folder
-
-
-def report_of(tmp_path) -> dict:
-    return json.loads((tmp_path / "out/preparation.json").read_text())
 
 
 # --- the published split ----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from util.benchmark import protocols
 from util.benchmark.embedded import FACTS, Bench, Split, embed_split, join_splits, read_embeddings
-from util.benchmark.protocols import Skipped, read_protocol, write_protocol
+from util.benchmark.protocols import Skipped
+from util.data.trials import read_protocol, write_protocol
 from util.run.errors import UserError
 
 DIM = 16

@@ -51,6 +51,15 @@ def intervals(
     return {name: _percentiles(np.array(values, dtype=np.float64), level) for name, values in drawn.items()}
 
 
+def with_intervals(statistic: Callable, groups: int, **options) -> dict[str, float | list[float] | None]:
+    """{NAME: value, NAME_ci95: [low, high] or None} of a statistic as `bootstrap.intervals` takes it."""
+    found = intervals(statistic, groups, **options)
+    report: dict = {}
+    for name, value in statistic(np.ones(groups, dtype=np.int64)).items():
+        report |= {name: float(value), f"{name}_ci95": found[name]}
+    return report
+
+
 def mean_interval(values: np.ndarray, groups: np.ndarray, **options) -> list[float] | None:
     """[low, high] of the mean of `values` (N,), whose samples belong to the identities `groups` (N,), any codes."""
     _, codes = np.unique(groups, return_inverse=True)

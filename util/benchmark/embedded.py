@@ -7,12 +7,13 @@ zero, samples that an embeddings file lacks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from util.run.errors import UserError
 
-FACTS = ("sample_id", "identity", "source", "style", "pose", "occlusion", "expression", "box", "eyes")
+FACTS = ("sample_id", "identity", "source", "style", "pose", "occlusion", "expression")
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,8 @@ class Split:
     @cached_property
     def sources(self) -> np.ndarray:
         """(N,) int64: which picture or upload a sample was cut from; one of its own where that is not known."""
-        keys = [
-            sample if source is None else ("source", source)
-            for sample, source in zip(range(len(self)), self.facts["source"], strict=True)
-        ]
         numbers: dict = {}
+        keys = (row if source is None else ("source", source) for row, source in enumerate(self.facts["source"]))
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def take(self, chosen: np.ndarray) -> "Split":
@@ -103,7 +101,7 @@ class Bench:
         seed: int = 0,
         replicates: int = 1000,
     ):
-        self._load, self._splits = load, {}
+        self._load, self._splits, self._worked_out = load, {}, {}
         self.head, self._classes, self.seed, self.replicates = head, tuple(classes), seed, replicates
 
     def split(self, role: str) -> Split | None:
@@ -119,6 +117,12 @@ class Bench:
             if split is not None and split.known.any():
                 return split.labelled()
         return None
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """make() the first time it is asked for under a key, and what that gave ever after."""
+        if key not in self._worked_out:
+            self._worked_out[key] = make()
+        return self._worked_out[key]
 
     def describe(self) -> dict[str, dict[str, int]]:
         """{role: {"samples", "identities", "unlabelled"}} of the splits that were asked for and are there."""
@@ -146,26 +150,28 @@ class Bench:
         return tuple(sorted(set(train.identity))) if train is not None else ()
 
 
-def embed_split(name: str, embeddings: np.ndarray, facts: dict[str, list], rows: np.ndarray | None = None):
+def embed_split(name: str, embeddings: np.ndarray, facts: dict[str, list]) -> tuple[Split, np.ndarray]:
     """(Split, left out): the samples whose embedding has a direction, and the numbers of the others.
 
     embeddings: (N, D) float32 at their own length, rows of NaN where there is none. facts: columns of N values.
     """
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
-    good = np.isfinite(norms) & (norms > 0)
-    columns = {}
+    directions, norms = unit_rows(embeddings)
+    good, columns = norms > 0, {}
     for key in FACTS:
         columns[key] = np.empty(len(embeddings), dtype=object)
         columns[key][:] = facts[key]
-    rows = np.arange(len(embeddings)) if rows is None else rows
-    split = Split(
-        name,
-        (embeddings[good] / norms[good, None]).astype(np.float32),
-        norms[good].astype(np.float32),
-        rows[good],
-        {key: column[good] for key, column in columns.items()},
-    )
-    return split, np.flatnonzero(~good)
+    facts = {key: column[good] for key, column in columns.items()}
+    return Split(name, directions[good], norms[good], np.flatnonzero(good), facts), np.flatnonzero(~good)
+
+
+def unit_rows(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of length 1 (N, D), their lengths before that (N,)), both float32; zeros where there is no direction."""
+    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    norms = np.where(np.isfinite(norms), norms, 0.0)
+    there = norms > 0
+    directions = np.zeros(embeddings.shape, dtype=np.float32)
+    directions[there] = embeddings[there] / norms[there, None]
+    return directions, norms.astype(np.float32)
 
 
 def read_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from util.benchmark.bootstrap import intervals
+from util.benchmark.identification import class_centres
 from util.data.sheet import sheet
 
 TAGS = ("small face", "occlusion", "style gap", "same colour scheme", "label doubt")
@@ -69,7 +70,7 @@ def find_neighbours(
     gallery picture would give is NaN, or -1 for a row. Similarities are made in blocks.
     """
     names, codes = np.unique(gallery_labels, return_inverse=True)
-    centroids = _centroids(gallery, codes, len(names))
+    centroids = class_centres(gallery, codes, len(names))
     to_centroid = probes @ centroids.T
     two = -np.sort(-to_centroid, axis=1)[:, :2] if len(names) > 1 else np.pad(to_centroid, ((0, 0), (0, 1)))
     own_code, predicted_code = _codes(labels, names), _codes(predicted, names)
@@ -105,7 +106,7 @@ def colour_evidence(
     """Cosines (N,) of the probes' colour signatures (N, S) with the mean ones of own identity and rival: "colour_own"
     and "colour_rival" of Evidence, NaN for identities without gallery picture. labels, rivals: (N,) identity codes."""
     names, codes = np.unique(gallery_labels, return_inverse=True)
-    similarity = signatures @ _centroids(gallery_signatures, codes, len(names)).T
+    similarity = signatures @ class_centres(gallery_signatures, codes, len(names)).T
     return {
         "colour_own": _chosen(similarity, _codes(labels, names)),
         "colour_rival": _chosen(similarity, _codes(rivals, names)),
@@ -245,14 +246,6 @@ def error_sheet(
     title = f"{len(rows)} of {len(errors)} errors, the clearest first"
     columns = ("probe", "taken for\n(gallery)", "own identity\n(gallery)")
     return sheet(rows, row_titles=titles, column_titles=columns, title=title, cell=cell)
-
-
-def _centroids(vectors: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
-    """Mean directions (count, D) float32 of the vectors of each code, all of which are there."""
-    order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(count))
-    sums = np.add.reduceat(vectors[order], starts, axis=0, dtype=np.float64)
-    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def _codes(labels: np.ndarray, names: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from util.benchmark.bootstrap import REPLICATES, intervals
+from util.benchmark.bootstrap import REPLICATES, with_intervals
 
 NOBODY = -1  # in a ranking: no class at this place
 BLOCK_SCORES = 1 << 26  # scores held at a time: 256 MB of float32
@@ -242,15 +242,6 @@ def macro_f1_statistic(predicted: np.ndarray, labels: np.ndarray, classes: int) 
         return float(weights @ f1 / weights.sum() * len(present) / classes)
 
     return macro_f1
-
-
-def with_intervals(statistic: Callable, groups: int, **options) -> dict[str, float | list[float] | None]:
-    """{NAME: value, NAME_ci95: [low, high] or None} of a statistic as `bootstrap.intervals` takes it."""
-    found = intervals(statistic, groups, **options)
-    report: dict = {}
-    for name, value in statistic(np.ones(groups, dtype=np.int64)).items():
-        report |= {name: float(value), f"{name}_ci95": found[name]}
-    return report
 
 
 # --- who is taken for whom --------------------------------------------------------------------------------------

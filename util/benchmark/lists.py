@@ -9,7 +9,8 @@ import numpy as np
 
 from util.benchmark.identification import NOBODY, per_class_table
 from util.benchmark.pairs import KINDS
-from util.benchmark.protocols import Outcome, write_protocol
+from util.benchmark.protocols import Outcome
+from util.data.trials import write_protocol
 from util.run.files import write_atomically, write_text
 
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from util.benchmark.bootstrap import REPLICATES
-from util.benchmark.identification import checked_labels, macro_f1_statistic, with_intervals
+from util.benchmark.bootstrap import REPLICATES, with_intervals
+from util.benchmark.identification import checked_labels, macro_f1_statistic
 from util.run.seed import rng_for
 
 MANY, FEW = 100, 20
-_GROUPS = ("head", "mid", "tail")
+BANDS = ("head", "mid", "tail")
 _DEFINITION = "Liu et al. 2019 (arXiv 1904.05160), the paper's bounds; its code has >= 100 and <= 20"
 
 
@@ -49,6 +49,11 @@ def long_tail_subsample(labels: np.ndarray, *, imbalance: float = 50, seed: int 
     return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)
 
 
+def band_names(counts: np.ndarray, many: int = MANY, few: int = FEW) -> np.ndarray:
+    """The band of each class by its training images (C,): "head" above `many`, "tail" below `few`, "mid" between."""
+    return np.select([counts > many, counts >= few], BANDS[:2], BANDS[2])
+
+
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
@@ -76,19 +81,19 @@ def long_tail_report(
     train_counts = np.asarray(train_counts, dtype=np.int64)
     present, accuracy = class_accuracies(predicted, labels, len(train_counts))
     frequency = train_counts[present]
-    group = np.select([frequency > many, frequency >= few, frequency > 0], [0, 1, 2], default=3)
-    members = {name: group == number for number, name in enumerate((*_GROUPS, "untrained"))}
-    macro_f1, trained = macro_f1_statistic(predicted, labels, len(train_counts)), group < 3
+    group = np.where(frequency > 0, band_names(frequency, many, few), "untrained")
+    members = {name: group == name for name in (*BANDS, "untrained")}
+    macro_f1, trained = macro_f1_statistic(predicted, labels, len(train_counts)), frequency > 0
 
     def statistic(weights: np.ndarray) -> dict[str, float]:
         drawn = np.repeat(np.arange(len(weights)), weights * trained)
-        means = {name: accuracy[drawn[members[name][drawn]]].mean() for name in _GROUPS if members[name].any()}
+        means = {name: accuracy[drawn[members[name][drawn]]].mean() for name in BANDS if members[name].any()}
         correlation = spearman(frequency[drawn], accuracy[drawn])
         return means | {"macro_f1": macro_f1(weights), "spearman_frequency_accuracy": correlation}
 
     report = with_intervals(statistic, len(present), strata=group, replicates=replicates, seed=seed)
     sizes = {"head": f"more than {many}", "mid": f"{few} to {many}", "tail": f"1 to {few - 1}"}
-    for name in _GROUPS:
+    for name in BANDS:
         if not members[name].any():
             report[name] = {"skipped": f"no class with probes has {sizes[name]} training images"}
         if members[name].sum() < 2:  # a single class is drawn every time, which is no interval

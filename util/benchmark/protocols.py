@@ -7,11 +7,8 @@ centre to subtract) is tuned on train, val and open_val, never on what is tested
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from util.benchmark.all_pairs import all_pairs_report
 from util.benchmark.embedded import Bench, Split, join_splits
@@ -23,18 +20,8 @@ from util.benchmark.pairs import KINDS, Pairs, pair_scores, sample_pairs
 from util.benchmark.retrieval import icartoonface_report, retrieval_report
 from util.benchmark.verification import accuracy_at, best_threshold, verification_report
 from util.run.errors import UserError
-from util.run.files import write_atomically
 
 MOST_SCORES = 50_000_000  # of all probes for all classes, for the precision-recall curve
-ICARTOONFACE = "icartoonface"  # the name of its trials
-TRIALS = pa.schema(
-    [
-        pa.field("id_a", pa.string(), nullable=False),
-        pa.field("id_b", pa.string()),
-        pa.field("label", pa.int64()),
-        pa.field("kind", pa.string()),
-    ]
-)
 
 
 class Skipped(Exception):
@@ -49,27 +36,6 @@ class Outcome:
     arrays: dict = field(default_factory=dict)
 
 
-def write_protocol(folder: str | Path, name: str, rows: dict[str, list]) -> Path:
-    """Write trials (id_a, id_b, label, kind; equally long lists) to `folder`/protocols/NAME.parquet; returns it."""
-    path = Path(folder) / "protocols" / f"{name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pydict(rows, schema=TRIALS)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
-    return path
-
-
-def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
-    """The trials in `folder`/protocols/NAME.parquet as lists, None where there is no such file."""
-    path = Path(folder) / "protocols" / f"{name}.parquet"
-    if not path.is_file():
-        return None
-    try:
-        table = pq.read_table(path, partitioning=None)
-        return table.select(TRIALS.names).cast(TRIALS).to_pydict()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error
-
-
 # --- closed set -------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +44,10 @@ def known_probes(bench: Bench) -> tuple[Split, Split, dict[str, int]]:
 
     The gallery is the train split; where there is no test split, val is asked.
     """
+    return bench.once("known probes", lambda: _known_probes(bench))
+
+
+def _known_probes(bench: Bench) -> tuple[Split, Split, dict[str, int]]:
     gallery, probes = bench.first("train"), bench.first("test", "val")
     if gallery is None:
         raise Skipped("no labelled train split: it is the gallery")
@@ -125,13 +95,23 @@ def methods(bench: Bench) -> tuple[str, ...]:
     return ("head", "centroid", "knn") if bench.head else ("centroid", "knn")
 
 
+def decide(bench: Bench, method: str) -> tuple[Namer, np.ndarray]:
+    """A namer on the whole gallery, and what it makes of the known probes, (N, 5): the same for every protocol."""
+
+    def make() -> tuple[Namer, np.ndarray]:
+        probes, gallery, _ = known_probes(bench)
+        namer = Namer(bench, method, gallery)
+        return namer, namer(probes)
+
+    return bench.once(method, make)
+
+
 def closed_set(bench: Bench) -> Outcome:
     """Who of the known identities is it? By the trained head, the nearest class centre and k-NN; retrieval mAP."""
     probes, gallery, excluded = known_probes(bench)
     labels, classes = probes.labels(bench.classes), len(bench.classes)
     options = {"replicates": bench.replicates, "seed": bench.seed}
-    namers = {method: Namer(bench, method, gallery) for method in methods(bench)}
-    ranked = {method: name(probes) for method, name in namers.items()}
+    ranked = {method: decide(bench, method)[1] for method in methods(bench)}
     by = {method: closed_set_report(found, labels, classes, **options) for method, found in ranked.items()}
     retrieval = retrieval_report(
         probes.embeddings, labels, gallery.embeddings, gallery.labels(bench.classes), same_set=False, **options
@@ -149,7 +129,7 @@ def closed_set(bench: Bench) -> Outcome:
         "retrieval": retrieval,
     }
     arrays = {"probes": probes, "gallery": gallery, "labels": labels, "ranked": ranked[method]}
-    arrays |= {"gallery_labels": gallery.labels(bench.classes), "scores": namers[method].scores(probes)}
+    arrays |= {"gallery_labels": gallery.labels(bench.classes), "scores": decide(bench, method)[0].scores(probes)}
     return Outcome(results, arrays)
 
 
@@ -164,8 +144,10 @@ def icartoonface(bench: Bench, trials: dict[str, list] | None) -> Outcome:
     pairs, lost, distractors, lost_distractors = [], 0, [], 0
     for a, b, kind in zip(trials["id_a"], trials["id_b"], trials["kind"], strict=True):
         if kind == "distractor":
-            (distractors.append(places[a]) if a in places else None)
-            lost_distractors += a not in places
+            if a in places:
+                distractors.append(places[a])
+            else:
+                lost_distractors += 1
         elif a in places and b in places:
             pairs.append((places[a], places[b]))
         else:
@@ -190,37 +172,35 @@ def verification(
     negatives: int,
     positives_per_identity: int,
     signatures: Callable[[Split], np.ndarray] | None = None,
-    on: tuple[str, ...] = ("open_test", "test", "val"),
-    validate_on: tuple[str, ...] = ("open_val", "val"),
     all_pairs: bool = False,
 ) -> Outcome:
     """Are these two of one character? On a seeded pair list, of identities never trained on where the data have some.
 
     signatures: what the pictures of a split look like without any model, (N, S), for hard negatives. Thresholds for
-    use are chosen on the pairs of `validate_on`, and tried here.
+    use are chosen on the pairs of open_val, else of val, and tried here.
     """
-    split = bench.first(*on)
+    split = bench.first("open_test", "test", "val")
     if split is None:
-        raise Skipped(f"no labelled {' or '.join(on)} split")
+        raise Skipped("no labelled open_test or test or val split")
     options = {"negatives": negatives, "positives_per_identity": positives_per_identity, "signatures": signatures}
     pairs, dropped = _pairs_of(bench, split, **options)
     scores, codes = pair_scores(split.embeddings, pairs.a, pairs.b), split.codes()
     boot = {"replicates": bench.replicates, "seed": bench.seed}
 
-    def report(kinds: tuple[str, ...]) -> dict:
-        chosen = np.isin(pairs.kind, [KINDS.index(kind) for kind in ("positive", *kinds)])
+    def report(kind: str) -> dict:
+        chosen = pairs.same | (pairs.kind == KINDS.index(kind))
         return verification_report(
             scores[chosen], pairs.same[chosen], codes[pairs.a[chosen]], codes[pairs.b[chosen]], **boot
         )
 
-    results = report(("random",))
+    results = report("random")
     if "skipped" in results:
         raise Skipped(f"{split.name}: {results['skipped']}")
     results |= {"on": split.name, "identities": len(np.unique(codes)), "excluded": dropped}
     if (pairs.kind == KINDS.index("hard")).any():
-        results["hard"] = report(("hard",))
-    tuned = bench.first(*[role for role in validate_on if role != split.name])
-    if tuned is not None and tuned.name != split.name:
+        results["hard"] = report("hard")
+    tuned = bench.first(*(role for role in ("open_val", "val") if role != split.name))
+    if tuned is not None:
         results["threshold"] = _tried_threshold(bench, tuned, scores, pairs, options)
     if all_pairs:
         results["all_pairs"] = all_pairs_report(split.embeddings, codes)
@@ -275,8 +255,8 @@ def open_set(bench: Bench) -> Outcome:
     if probes.name != "val" and known_val is not None and unknown_val is not None:
         known_val = known_val.take(np.isin(known_val.identity.astype(str), gallery.identity.astype(str)))
         val = (known_val, unknown_val) if len(known_val) else None
-    by, arrays = {}, {}
-    for name, rate in _raters(bench, gallery).items():
+    by, rated = {}, {}
+    for name, rate in _raters(bench).items():
         known_scores, ranks = rate(probes)
         unknown_scores, _ = rate(unknown)
         tuned = None
@@ -287,22 +267,20 @@ def open_set(bench: Bench) -> Outcome:
             known_scores, ranks == 1, unknown_scores, probes.codes(), unknown.codes(), val=tuned,
             replicates=bench.replicates, seed=bench.seed,
         )  # fmt: skip
-        arrays.setdefault("known", known_scores)
-        arrays.setdefault("correct", ranks == 1)
-        arrays.setdefault("unknown", unknown_scores)
+        rated[name] = {"known": known_scores, "correct": ranks == 1, "unknown": unknown_scores}
     name = next(iter(by))
     results = {**by.pop(name), "score": name, "unknown_identities": len(np.unique(unknown.codes()))}
     if val is None:
         results["threshold"] = {"skipped": "no val and open_val splits to choose it on"}
-    return Outcome({**results, "excluded": excluded, "by": by}, arrays)
+    return Outcome({**results, "excluded": excluded, "by": by}, rated[name])
 
 
-def _raters(bench: Bench, gallery: Split) -> dict[str, Callable[[Split], tuple[np.ndarray, np.ndarray]]]:
+def _raters(bench: Bench) -> dict[str, Callable[[Split], tuple[np.ndarray, np.ndarray]]]:
     """{name: split -> (score that a probe is known (N,), rank of its own class (N,), 0 beyond the fifth)}."""
-    by_centre = Namer(bench, "centroid", gallery)
+    centres = decide(bench, "centroid")[0].centres
 
     def cosine(split: Split):
-        ranked, scores = nearest_classes(split.embeddings, by_centre.centres, 5, skip_empty=True)
+        ranked, scores = nearest_classes(split.embeddings, centres, 5, skip_empty=True)
         return scores[:, 0].astype(np.float64), _rank(ranked, split.labels(bench.classes))
 
     raters = {"cosine": cosine}
@@ -380,12 +358,14 @@ def long_tail(bench: Bench, *, many: int, few: int, imbalance: float | None = No
     """
     probes, gallery, excluded = known_probes(bench)
     method = methods(bench)[0]
-    if imbalance is not None:
+    if imbalance is None:
+        predicted = decide(bench, method)[1][:, 0]
+    else:
         rows = long_tail_subsample(gallery.labels(bench.classes), imbalance=imbalance, seed=bench.seed)
         gallery, method = gallery.take(rows), "centroid"
+        predicted = Namer(bench, method, gallery)(probes)[:, 0]
     labels = probes.labels(bench.classes)
     counts = np.bincount(gallery.labels(bench.classes), minlength=len(bench.classes))
-    predicted = Namer(bench, method, gallery)(probes)[:, 0]
     results = long_tail_report(
         counts, predicted, labels, many=many, few=few, replicates=bench.replicates, seed=bench.seed
     )

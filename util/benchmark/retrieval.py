@@ -5,14 +5,13 @@ Similarity is streamed in blocks: memory does not grow with queries x gallery.
 
 import numpy as np
 
-from util.benchmark.bootstrap import REPLICATES
+from util.benchmark.bootstrap import REPLICATES, with_intervals
 from util.benchmark.identification import (
     BLOCK_SCORES,
     blocks,
     checked_embeddings,
     checked_labels,
     tensor,
-    with_intervals,
 )
 
 _ROUNDING = 1e-12  # cosines in double precision that are nearer than this are equal

@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from util.benchmark.leakage import components
+from util.benchmark.long_tail import BANDS
+from util.data.near_split import name_groups
 from util.run.seed import rng_for
 
 FLOOR = 5  # rows of a class below which nothing is judged
-HEAD, TAIL = 100, 20  # train rows: more than HEAD, fewer than TAIL (Liu et al., arXiv 1904.05160)
-BANDS = ("head", "mid", "tail")
 _PRIOR = 10.0  # rows that the common spread counts for beside a class's own
 _BLOCK_SCORES = 1 << 24  # similarities held at a time: 64 MB of float32
 
@@ -107,25 +108,15 @@ def link_groups(
 
     ids: (N,) unique names. columns: N values each, such as the source or a digest of the picture; None links nothing.
     """
-    parent = list(range(len(ids)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = row = parent[parent[row]]
-        return row
-
+    one, other = ([int(row) for row in side] for side in pairs)
     for column in columns:
         first: dict[Hashable, int] = {}
         for row, value in enumerate(column):
             if value is not None:
-                parent[root(row)] = root(first.setdefault(value, row))
-    for one, other in zip(*pairs, strict=True):
-        parent[root(int(one))] = root(int(other))
-    roots = [root(row) for row in range(len(ids))]
-    name: dict[int, str] = {}
-    for own, found in zip(ids, roots, strict=True):
-        name[found] = min(own, name.get(found, own))
-    return [name[found] for found in roots]
+                one.append(row)
+                other.append(first.setdefault(value, row))
+    linked = components(len(ids), np.array(one, dtype=np.int64), np.array(other, dtype=np.int64))
+    return name_groups(ids, linked.tolist())
 
 
 # --- centroid ---------------------------------------------------------------------------------------------------
@@ -393,11 +384,6 @@ def spherical_kmeans(rows: np.ndarray, parts: int, iterations: int = 30) -> tupl
 
 
 # --- what was removed -------------------------------------------------------------------------------------------
-
-
-def band_names(counts: np.ndarray) -> np.ndarray:
-    """The band of each class by its train rows (C,): "head" above 100, "mid" 20 to 100, "tail" below 20."""
-    return np.select([counts > HEAD, counts >= TAIL], BANDS[:2], BANDS[2])
 
 
 def removed_by_band(labels: np.ndarray, flagged: np.ndarray, bands: np.ndarray) -> dict[str, dict]:

@@ -58,11 +58,7 @@ class FaceCrops:
 
     def load(self, i: int) -> Image.Image:
         """The face of the sample, RGB. Raises BadImage where the picture cannot be decoded."""
-        image = self.source.load(i)
-        if self._boxes[i] is None:
-            return image
-        x1, y1, x2, y2 = face_region(self._boxes[i], self.padding)
-        return image.crop((max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)))
+        return cut_face(self.source.load(i), self._boxes[i], self.padding)
 
 
 def open_pictures(args: argparse.Namespace, role: str) -> Source:
@@ -79,6 +75,14 @@ def face_region(box: list[float], padding: float) -> tuple[int, int, int, int]:
     left, top = round(x - half), round(y - half)
     side = max(1, round(2 * half))
     return left, top, left + side, top + side
+
+
+def cut_face(image: Image.Image, box: list[float] | None, padding: float) -> Image.Image:
+    """The region of a face, as far as it lies in the picture; the whole picture without a box."""
+    if box is None:
+        return image
+    x1, y1, x2, y2 = face_region(box, padding)
+    return image.crop((max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)))
 
 
 def _shift(box: list[float], left: int, top: int, limits: tuple[int, int]) -> list[float]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from util.benchmark.leakage import components
-from util.data.face_crop import face_region
+from util.data.face_crop import cut_face
 from util.data.images import decode_image
 from util.data.phash import hash_images, near_pairs
 from util.data.prepare import Preparation
@@ -88,11 +88,7 @@ class _Faces:
         return len(self.rows)
 
     def load(self, i: int) -> Image.Image:
-        image, box = decode_image(self.root / self.rows[i]["file_name"]), self.rows[i].get("box")
-        if box is None:
-            return image
-        x1, y1, x2, y2 = face_region(box, 0.0)
-        return image.crop((max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)))
+        return cut_face(decode_image(self.root / self.rows[i]["file_name"]), self.rows[i].get("box"), 0.0)
 
 
 def name_groups(ids: Sequence[str], groups: Sequence[Hashable]) -> list[str]:

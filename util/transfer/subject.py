@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.benchmark.embedded import FACTS, Split, embed_split, read_embeddings
+from util.benchmark.embedded import FACTS, Split, embed_split, read_embeddings, unit_rows
 from util.data.augment import EvalCrop
 from util.data.colour import colour_signature
 from util.data.face_crop import open_pictures
@@ -176,10 +176,7 @@ class ModelSubject(Subject):
         """A split seen in another way; a picture that gives no embedding there points nowhere: it is nobody's."""
         source = Subset(self.pictures(split.name), split.rows)
         embeddings, _ = self.embed(source, label, view, size)
-        norms = np.linalg.norm(embeddings, axis=1)
-        good = np.isfinite(norms) & (norms > 0)
-        embeddings = np.where(good[:, None], embeddings / np.where(good, norms, 1)[:, None], 0)
-        return Split(split.name, embeddings.astype(np.float32), np.where(good, norms, 0), split.rows, split.facts)
+        return Split(split.name, *unit_rows(embeddings), split.rows, split.facts)
 
     @cached_property
     def head(self) -> Callable[[np.ndarray], np.ndarray] | None:

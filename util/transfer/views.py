@@ -8,7 +8,7 @@ import numpy as np
 from util.benchmark.bootstrap import mean_interval
 from util.benchmark.embedded import Bench, Split
 from util.benchmark.errors import Evidence, colour_evidence, find_neighbours, list_errors, tag_probes, taxonomy_table
-from util.benchmark.protocols import Namer, Outcome, Skipped, known_probes, methods
+from util.benchmark.protocols import Namer, Outcome, Skipped, decide, known_probes, methods
 from util.benchmark.speed import crop_size_summary, measure_speed
 from util.benchmark.stress import strata_report, stress_report
 from util.data.images import BadImage
@@ -28,14 +28,14 @@ def stress(bench: Bench, subject: Subject, names: Sequence[str] | None) -> Outco
 
     The gallery stays clean. names: of STRESSES; None: all.
     """
-    probes, gallery, excluded = known_probes(bench)
+    probes, _, excluded = known_probes(bench)
     unknown = sorted(set(names or ()) - set(STRESSES))
     if unknown:
         raise UserError(f"--stresses {unknown[0]} is not known: choose from {', '.join(STRESSES)}")
     method = methods(bench)[0]
-    namer, labels, groups = Namer(bench, method, gallery), probes.labels(bench.classes), probes.codes()
+    (namer, ranked), labels, groups = decide(bench, method), probes.labels(bench.classes), probes.codes()
     options = {"replicates": bench.replicates, "seed": bench.seed}
-    correct = namer(probes)[:, 0] == labels
+    correct = ranked[:, 0] == labels
     blocks: dict[str, dict] = {}
     for name in STRATA:
         strata = probes.facts[name]
@@ -89,23 +89,31 @@ def resolution(bench: Bench, subject: Subject, sizes: Sequence[int] | None) -> O
 
 
 def _at_size(bench: Bench, subject: ModelSubject, probes: Split, gallery: Split, size: tuple[int, int]) -> dict:
-    if size != subject.size:
-        if subject.model.fixed_size:
-            raise UserError(f"{subject.name} takes {subject.size[0]} x {subject.size[1]} px only")
-        subject.model.check_size(size)
-        label = f"at {size[0]} px"
-        probes = subject.again(probes, f"probes {label}", size=size)
-        if methods(bench)[0] == "centroid":
-            gallery = subject.again(gallery, f"gallery {label}", size=size)
-            gallery = gallery.take(gallery.norms > 0)
-    labels = probes.labels(bench.classes)
-    correct = Namer(bench, methods(bench)[0], gallery)(probes)[:, 0] == labels
+    ranked = _ranked_at_size(bench, subject, probes, gallery, size)
+    correct = ranked[:, 0] == probes.labels(bench.classes)
     device = subject.model.pixel_mean.device
     speed = measure_speed(
         subject.model, size, device, pick_precision(subject.here.args.precision, device), seconds=SPEED_SECONDS
     )
     interval = mean_interval(correct, probes.codes(), replicates=bench.replicates, seed=bench.seed)
     return {"top1": float(correct.mean()), "top1_ci95": interval, **speed}
+
+
+def _ranked_at_size(
+    bench: Bench, subject: ModelSubject, probes: Split, gallery: Split, size: tuple[int, int]
+) -> np.ndarray:
+    """Class numbers (N, 5) for the probes, shown at a size; so is the gallery where its pictures decide."""
+    method, label = methods(bench)[0], f"at {size[0]} px"
+    if size == subject.size:
+        return decide(bench, method)[1]
+    if subject.model.fixed_size:
+        raise UserError(f"{subject.name} takes {subject.size[0]} x {subject.size[1]} px only")
+    subject.model.check_size(size)
+    probes = subject.again(probes, f"probes {label}", size=size)
+    if method == "centroid":
+        gallery = subject.again(gallery, f"gallery {label}", size=size)
+        gallery = gallery.take(gallery.norms > 0)
+    return Namer(bench, method, gallery)(probes)
 
 
 def face_sizes(source: Source, rows: np.ndarray, every: bool = False) -> np.ndarray:

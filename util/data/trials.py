@@ -1,0 +1,40 @@
+"""Trials beside a prepared folder, `protocols/NAME.parquet`: pair lists, official trials, distractors."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from util.run.errors import UserError
+from util.run.files import write_atomically
+
+ICARTOONFACE = "icartoonface"  # the name of the official trials
+TRIALS = pa.schema(
+    [
+        pa.field("id_a", pa.string(), nullable=False),
+        pa.field("id_b", pa.string()),
+        pa.field("label", pa.int64()),
+        pa.field("kind", pa.string()),
+    ]
+)
+
+
+def write_protocol(folder: str | Path, name: str, rows: dict[str, list]) -> Path:
+    """Write trials (id_a, id_b, label, kind; equally long lists) to `folder`/protocols/NAME.parquet; returns it."""
+    path = Path(folder) / "protocols" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pydict(rows, schema=TRIALS)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    return path
+
+
+def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
+    """The trials in `folder`/protocols/NAME.parquet as lists, None where there is no such file."""
+    path = Path(folder) / "protocols" / f"{name}.parquet"
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, partitioning=None)
+        return table.select(TRIALS.names).cast(TRIALS).to_pydict()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error
