@@ -248,6 +248,7 @@ def test_the_bands_of_the_long_tail_are_class_means(tmp_path):
         assert band.x0 - 2 <= label.x0 and label.x1 <= band.x1 + 2
     alone = long_tail_figure(np.array([30, 40]), np.array([0.9, 0.8]), tmp_path / "alone.png")
     assert len(alone.axes[0].lines) == 1
+    assert title_of(alone) == "All 2 characters are mid: 85 % named rightly, mean over characters"
     with pytest.raises(ValueError, match="no class has both"):
         long_tail_figure(np.array([0, 40]), np.array([0.9, np.nan]), tmp_path / "none.png")
 

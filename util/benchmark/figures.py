@@ -211,7 +211,9 @@ def long_tail_figure(counts: np.ndarray, accuracy: np.ndarray, path: Path, *, ma
     percent_axis(axes.yaxis)
     (rare, least), (common, most) = next(iter(means.items())), list(means.items())[-1]
     title = f"{common.capitalize()} characters are named rightly {in_points(most - least)} more often than {rare} ones"
-    if most <= least:
+    if len(means) == 1:
+        title = f"All {len(counts):,} characters are {common}: {percent(most)} named rightly, mean over characters"
+    elif most <= least:
         title = f"Rare characters are named as well: {rare} {percent(least)}, {common} {percent(most)}"
     return finish(figure, title, path)
 
