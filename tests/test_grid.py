@@ -1,6 +1,7 @@
 """The grid runner: what is started, what is not started again, what a stop or a failure leaves, and the tables."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -465,7 +467,7 @@ def ask_script(tmp_path):
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
     stub.write_text(
-        f'#!/bin/sh\ncase "$2" in util.run.grid) shift 2; exec {sys.executable} -c '
+        f'#!/bin/sh\ncase "$2" in util.run.grid) shift 2; exec "{sys.executable}" -c '
         f'\'import json, sys; json.dump(sys.argv[1:], open("{tmp_path}/asked.json", "w"))\' "$@";; esac\n'
     )
     stub.chmod(0o755)
@@ -514,7 +516,20 @@ def test_sweep_covers_rate_augmentation_and_schedule(ask_script, tmp_path):
     assert args.figure == "lr:val.top1"  # a recipe is never chosen by test images
 
 
-@pytest.mark.parametrize("name", ["lora_ranks", "data_efficiency", "sweep"])
+def test_margin_study_gives_each_head_its_own_margins_and_evaluates_every_run(ask_script, tmp_path):
+    data = tmp_path / "my faces"
+    data.mkdir()
+    runs, args = ask_script("margin_study", data, "w.pth", "--", "--epochs", "2", SEEDS="0", EVAL="--replicates 9")
+    assert Counter(run.name for run in runs) == {"softmax": 1, "arcface": 3 * 2, "cosface": 2 * 2}
+    assert {run.settings["margin"] for run in runs if run.name == "cosface"} == {"0.1", "0.35"}
+    assert all(run.command[0] == "main_lora.py" and "--epochs" in run.command for run in runs)
+    then = grid.follower(args, runs[-1])
+    given = dict(itertools.pairwise(then.command))
+    assert then.command[0] == "eval_recognition.py" and given["--data_path"] == str(data)
+    assert given["--ckpt"] == f"{runs[-1].folder}/checkpoint-best.pth" and given["--replicates"] == "9"
+
+
+@pytest.mark.parametrize("name", ["lora_ranks", "data_efficiency", "sweep", "margin_study"])
 def test_scripts_give_known_flags_and_refuse_what_they_do_not_understand(ask_script, import_script, tmp_path, name):
     for arguments, message in {
         (): "DATA and INIT are needed",
