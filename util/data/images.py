@@ -97,26 +97,47 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
 
 
+Picture = Image.Image | np.ndarray  # decoded: an RGB image, or uint8 (H, W, 3), perhaps a view of a file on disk
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(width, height) of a picture, px."""
+    return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+
+
+def cut(picture: Picture, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The region x1, y1, x2, y2 (px, inside the picture) as uint8 (h, w, 3); a view where the picture is an array."""
+    if isinstance(picture, Image.Image):
+        return np.array(picture.crop(box))
+    x1, y1, x2, y2 = box
+    return picture[y1:y2, x1:x2]
+
+
 def crop_region(
-    image: Image.Image, aspect: float, box: tuple[float, float, float, float] | None = None
+    image: Picture, aspect: float, box: tuple[float, float, float, float] | None = None
 ) -> tuple[int, int, int, int]:
     """The largest region of an image that has the proportions `aspect` (width / height) and keeps the character.
 
     box: the face, x1 y1 x2 y2 in px, if it is known; else the region is put where the picture is most salient
     (`util.data.smart_crop`). Returns x1, y1, x2, y2 in px inside the image. Deterministic.
     """
-    width, height = image.size
+    width, height = size_of(image)
     if width > height * aspect:
         length = max(1, round(height * aspect))
-        centre = (box[0] + box[2]) / 2 if box is not None else salient_centre(image, length, axis=0)
+        centre = (box[0] + box[2]) / 2 if box is not None else _salient(image, length, axis=0)
         left = _clamp(round(centre - length / 2), 0, width - length)
         return left, 0, left + length, height
     length = min(height, max(1, round(width / aspect)))
     if length == height:
         return 0, 0, width, height
-    top = _top_for_face(box, length) if box is not None else salient_centre(image, length, axis=1) - length / 2
+    top = _top_for_face(box, length) if box is not None else _salient(image, length, axis=1) - length / 2
     top = _clamp(round(top), 0, height - length)
     return 0, top, width, top + length
+
+
+def _salient(picture: Picture, length: float, axis: int) -> float:
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return salient_centre(image, length, axis)
 
 
 def _top_for_face(box: tuple[float, float, float, float], length: int) -> float:

@@ -1,6 +1,7 @@
 """Every question about the device is asked here: which one, in which precision, how much memory."""
 
 import contextlib
+import ctypes
 import platform
 import re
 import resource
@@ -33,7 +34,22 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         # TF32 in matrix products: as accurate as needed beside bf16, several times faster than fp32
         torch.set_float32_matmul_precision("high")
         return device
+    if kind == "cpu":
+        keep_freed_memory()
     return torch.device(kind)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process reuse freed memory instead of giving it back to the system; False where it cannot be told to.
+
+    glibc maps every block above 32 MB anew, so each activation of a large batch costs page faults and zeroing: a
+    fifth of a training step of ViT-B at 32 pictures. Of other C libraries nothing is asked.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    no_maps, never_trim, grow_bytes = (-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)  # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(option, value) for option, value in (no_maps, never_trim, grow_bytes))
 
 
 def pick_precision(name: str, device: torch.device) -> str:
