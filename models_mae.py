@@ -6,11 +6,13 @@ The state dict has the keys and shapes of the official release, so checkpoints t
     loss, pred, mask = model(images, mask_ratio=0.75)
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from models_cross import CrossBlock, FeatureMaps, Fill
 from models_vit import (
     VIT_PATCHES,
     VIT_SIZES,
@@ -22,8 +24,8 @@ from models_vit import (
     unpatchify,
 )
 from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from util.mae.losses import masked_pixel_loss, patch_statistics
-from util.mae.masking import rank_patches, visible_count
+from util.mae.losses import masked_pixel_loss, patch_errors, patch_statistics
+from util.mae.masking import rank_patches, spread_first, visible_count
 from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.run.errors import UserError
 from util.training.hub import Weights, load_weights
@@ -35,6 +37,8 @@ class MaskedAutoencoder(nn.Module):
 
     img_size: side in px or (height, width); it sets the grid that the position embeddings are stored for.
     Any other input whose sides divide by the patch works too: the embeddings are re-sampled to its grid.
+    decoder: "self", the official one, or "cross", CrossMAE's (arXiv 2401.14391), which costs half as much.
+    fill: give what a partial prediction leaves out to one light layer (PR-MIM, arXiv 2411.15746); "self" only.
     """
 
     def __init__(
@@ -49,10 +53,13 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
+        decoder: str = "self",
+        fill: bool = False,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
+        self.decoder = decoder
         self.grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -61,12 +68,16 @@ class MaskedAutoencoder(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
-        )
+        if decoder == "cross":
+            self.decoder_maps = FeatureMaps(embed_dim, depth, decoder_depth)
+            build_block = partial(CrossBlock, decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio)
+        else:
+            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+            build_block = partial(Block, decoder_embed_dim, decoder_num_heads, mlp_ratio)
+        self.decoder_blocks = nn.ModuleList(build_block() for _ in range(decoder_depth))
+        self.decoder_fill = Fill(decoder_embed_dim, decoder_num_heads) if fill else None
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
 
@@ -85,29 +96,45 @@ class MaskedAutoencoder(nn.Module):
         rows, columns = self.grid_of(*images.shape[-2:])
         return rows * columns
 
-    def encode(self, visible: torch.Tensor, keep_ids: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Visible patches (N, K, p*p*3) with their places (N, K) in the grid -> latent (N, 1 + K, D)."""
+    def encode(
+        self, visible: torch.Tensor, keep_ids: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Visible patches (N, K, p*p*3) with their places (N, K) in the grid -> latent (N, 1 + K, D).
+
+        For the cross-attention decoder, a memory (N, 1 + K, D) for each of its blocks.
+        """
         pos_embed = resample_pos_embed(self.pos_embed, self.grid, grid)
         x = self.patch_embed(visible)
         x = x + pos_embed[0, 1:][keep_ids]  # under autocast this keeps the residual stream in float32
         cls = (self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)
+        outputs = []
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+            outputs.append(x)
+        return self.decoder_maps([*outputs[:-1], self.norm(x)]) if self.decoder == "cross" else self.norm(x)
 
-    def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Latent (N, 1 + K, D) and the place of each patch in the shuffled order -> pred (N, L, p*p*3)."""
+    def decode(self, latent: torch.Tensor, keep_ids: torch.Tensor, asked: torch.Tensor, left: torch.Tensor, grid):
+        """Predict patches at the places `asked` (N, P) and, by `decoder_fill`, `left` (N, R): (N, P + R, p*p*3).
+
+        latent: what `encode` returned for the patches at keep_ids (N, K).
+        """
+        pos_embed = resample_pos_embed(self.decoder_pos_embed, self.grid, grid)
+        queries = self.mask_token + pos_embed[0, 1:][asked]
+        if self.decoder == "cross":
+            for block, memory in zip(self.decoder_blocks, latent, strict=True):
+                queries = block(queries, memory)
+            return self.decoder_pred(self.decoder_norm(queries))
         x = self.decoder_embed(latent)
-        n, tokens, dim = x.shape
-        mask_tokens = self.mask_token.expand(n, ids_restore.shape[1] + 1 - tokens, -1)
-        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
-        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, dim))
-        x = torch.cat([x[:, :1], patches], dim=1)
-        x = x + resample_pos_embed(self.decoder_pos_embed, self.grid, grid)
-        for block in self.decoder_blocks:
+        x = x + torch.cat([pos_embed[:, :1].expand(len(x), -1, -1), pos_embed[0, 1:][keep_ids]], dim=1)
+        x = torch.cat([x, queries], dim=1)
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        # nobody reads what the last block makes of the visible patches
+        predicted = self.decoder_blocks[-1](x, last=asked.shape[1])
+        if left.shape[1]:
+            predicted = torch.cat([predicted, self.decoder_fill(self.mask_token + pos_embed[0, 1:][left], x)], dim=1)
+        return self.decoder_pred(self.decoder_norm(predicted))
 
     def predict(
         self, patches: torch.Tensor, noise: torch.Tensor, keep: int, grid: tuple[int, int]
@@ -118,27 +145,71 @@ class MaskedAutoencoder(nn.Module):
         """
         ids_shuffle, ids_restore = rank_patches(noise)
         keep_ids = ids_shuffle[:, :keep]
-        # the patches that will be masked are never embedded
-        visible = patches.gather(1, keep_ids[:, :, None].expand(-1, -1, patches.shape[2]))
-        pred = self.decode(self.encode(visible, keep_ids, grid), ids_restore, grid)
+        latent = self.encode(_take(patches, keep_ids), keep_ids, grid)
+        pred = self.decode_all(latent, ids_restore, grid)
         return pred, (ids_restore >= keep).to(torch.float32)
 
+    def decode_all(self, latent: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latent and the place of each patch in the shuffled order (N, L) -> pred of every patch (N, L, p*p*3)."""
+        if self.decoder == "cross":
+            everywhere = torch.arange(ids_restore.shape[1], device=ids_restore.device).expand_as(ids_restore)
+            return self.decode(latent, everywhere[:, :0], everywhere, everywhere[:, :0], grid)
+        x = self.decoder_embed(latent)
+        n, tokens, _ = x.shape
+        mask_tokens = self.mask_token.expand(n, ids_restore.shape[1] + 1 - tokens, -1)
+        patches = _take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
+        x = torch.cat([x[:, :1], patches], dim=1)
+        x = x + resample_pos_embed(self.decoder_pos_embed, self.grid, grid)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+
     def forward(
-        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        images: torch.Tensor,
+        mask_ratio: float = 0.75,
+        noise: torch.Tensor | None = None,
+        predict_ratio: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
         """Mask, encode, decode and score.
 
         images: (N, 3, H, W), normalised. mask_ratio: fraction removed, 0 <= ratio < 1. noise: (N, L); the patches
         of least noise are kept, so a given noise makes the mask reproducible (default: fresh random numbers).
         Returns (loss, pred (N, L, p*p*3), mask (N, L) with 0 = kept and 1 = removed).
+        predict_ratio: given, only the loss is computed, and from that fraction of the removed patches, 0 < ratio <= 1:
+        at 1 it is the same loss for less work.
         """
         grid = self.grid_of(*images.shape[-2:])
         patches = patchify(images, self.patch_size)
         n, length, _ = patches.shape
         if noise is None:
             noise = torch.rand(n, length, device=images.device)
-        pred, mask = self.predict(patches, noise, visible_count(length, mask_ratio), grid)
+        keep = visible_count(length, mask_ratio)
+        if predict_ratio is not None:
+            return self.objective(patches, noise, keep, grid, predict_ratio)
+        pred, mask = self.predict(patches, noise, keep, grid)
         return masked_pixel_loss(pred, patches, mask, self.norm_pix_loss).mean(), pred, mask
+
+    def objective(
+        self, patches: torch.Tensor, noise: torch.Tensor, keep: int, grid: tuple[int, int], predict_ratio: float = 1.0
+    ) -> torch.Tensor:
+        """The training loss alone. Arguments as of `predict` and `forward`.
+
+        Without `fill`, the patches to predict are a random part of the removed ones; with it, a part that is spread
+        over the picture, and what lies between is predicted too, by one light layer.
+        """
+        ids_shuffle, _ = rank_patches(noise)
+        keep_ids, masked_ids = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
+        count = max(1, round(masked_ids.shape[1] * predict_ratio))
+        if self.decoder_fill is not None:
+            masked_ids = spread_first(masked_ids, grid, noise)
+        asked, left = masked_ids[:, :count], masked_ids[:, count:]
+        if self.decoder_fill is None:
+            left = left[:, :0]
+        # the patches that will be masked are never embedded
+        latent = self.encode(_take(patches, keep_ids), keep_ids, grid)
+        pred = self.decode(latent, keep_ids, asked, left, grid)
+        return patch_errors(pred, _take(patches, masked_ids[:, : pred.shape[1]]), self.norm_pix_loss).mean()
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -167,6 +238,11 @@ class MaskedAutoencoder(nn.Module):
         picture = picture.clamp(0, 1)
         area = unpatchify(mask[:, :, None].expand(-1, -1, self.patch_size**2).float(), self.patch_size, grid)
         return {"pred": picture, "pasted": torch.where(area > 0, picture, images), "mask": area, "loss": loss}
+
+
+def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (N, T, D) at the places ids (N, K): (N, K, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 # size: (embed_dim, depth, num_heads) of the decoder
@@ -203,11 +279,16 @@ def _model_table() -> dict[str, partial]:
 MAE_MODELS = _model_table()
 
 
-def build_mae(name: str, img_size: int | tuple[int, int] = 224, norm_pix_loss: bool = False) -> MaskedAutoencoder:
-    """A freshly initialised model by its official name or alias; UserError for an unknown name."""
+def build_mae(
+    name: str, img_size: int | tuple[int, int] = 224, norm_pix_loss: bool = False, **options
+) -> MaskedAutoencoder:
+    """A freshly initialised model by its official name or alias; UserError for an unknown name.
+
+    options: decoder, fill, as of `MaskedAutoencoder`.
+    """
     if name not in MAE_MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MAE_MODELS)}")
-    return MAE_MODELS[name](img_size=img_size, norm_pix_loss=norm_pix_loss)
+    return MAE_MODELS[name](img_size=img_size, norm_pix_loss=norm_pix_loss, **options)
 
 
 def load_mae(
@@ -221,15 +302,27 @@ def load_mae(
     if not has_decoder(weights.state):
         raise UserError(f"{weights.source} holds an encoder only: reconstruction needs a checkpoint with a decoder")
     name = model_name(weights)
-    model = build_mae(name, img_size or _grid_px(weights, MAE_MODELS[name].keywords["patch_size"]))
+    size = img_size or _grid_px(weights, MAE_MODELS[name].keywords["patch_size"])
+    model = build_mae(name, size, **decoder_options(weights.state))
     model.norm_pix_loss = bool(weights.args.get("norm_pix_loss", False))
     load_mae_weights(model, weights)
     return model.to(device).eval()
 
 
+_DECODER = ("decoder_", "mask_token")  # how the names of its weights begin
+
+
 def has_decoder(state: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict holds the decoder's weights beside the encoder's."""
     return "decoder_pred.weight" in state and "mask_token" in state
+
+
+def decoder_options(state: dict[str, torch.Tensor]) -> dict:
+    """The options of `MaskedAutoencoder` that weights with a decoder were trained with."""
+    return {
+        "decoder": "cross" if "decoder_maps.weight" in state else "self",
+        "fill": "decoder_fill.norm.weight" in state,
+    }
 
 
 def model_name(weights: Weights) -> str:
@@ -259,12 +352,16 @@ def model_name(weights: Weights) -> str:
 def load_mae_weights(model: MaskedAutoencoder, weights: Weights) -> list[str]:
     """Load weights into an autoencoder; returns the names that the checkpoint lacks and that keep their fresh values.
 
-    An encoder without its decoder is accepted; anything else that is not the model's own is a UserError.
+    An encoder without its decoder is accepted, and so is one with a decoder of the other kind, which is left out;
+    anything else that is not the model's own is a UserError.
     """
-    missing = load_pretrained(model, weights, optional=("decoder_", "mask_token"))
-    if missing and has_decoder(weights.state):
+    if has_decoder(weights.state) and decoder_options(weights.state)["decoder"] != model.decoder:
+        weights = replace(weights, state={k: v for k, v in weights.state.items() if not k.startswith(_DECODER)})
+    missing = load_pretrained(model, weights, optional=_DECODER)
+    lost = [name for name in missing if not name.startswith("decoder_fill")]
+    if lost and has_decoder(weights.state):
         raise UserError(
-            f"{weights.source} lacks {missing[0]}: its decoder is another model's; choose the matching --model"
+            f"{weights.source} lacks {lost[0]}: its decoder is another model's; choose the matching --model"
         )
     return missing
 

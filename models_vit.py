@@ -52,7 +52,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (N, T, D) -> (N, T, D)."""
+    """Multi-head self-attention, (N, T, D) -> (N, T, D), or of the last few tokens only to all of them."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -60,12 +60,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last: int | None = None) -> torch.Tensor:
         n, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if last is None:
+            qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, dim // self.num_heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = self._project(x, last)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(n, tokens, dim))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _project(self, x: torch.Tensor, last: int) -> tuple[torch.Tensor, ...]:
+        """Queries of the last tokens, keys and values of all, each (N, heads, tokens, D / heads)."""
+        n, tokens, dim = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, -last:], weight[:dim], bias[:dim])
+        kv = F.linear(x, weight[dim:], bias[dim:]).reshape(n, tokens, 2, self.num_heads, dim // self.num_heads)
+        return q.reshape(n, last, self.num_heads, -1).transpose(1, 2), *kv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -105,8 +116,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """last: compute the last few tokens only, from all of them; their values are the same."""
+        attended = self.attn(self.norm1(x), last)
+        x = (x if last is None else x[:, -last:]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -8,19 +8,27 @@ def patch_statistics(patches: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Te
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + eps).sqrt()
 
 
-def masked_pixel_loss(
-    pred: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool = False
-) -> torch.Tensor:
-    """Mean squared error over the removed patches of each image (arXiv 2111.06377, section 3).
+def patch_errors(pred: torch.Tensor, patches: torch.Tensor, norm_pix_loss: bool = False) -> torch.Tensor:
+    """Mean squared error of each patch (arXiv 2111.06377, section 3).
 
-    pred, patches: (N, L, V). mask: (N, L), 1 = removed. norm_pix_loss: compare with patches normalised by
-    their own mean and standard deviation. Returns (N,), float32 (float64 for such input); NaN where nothing
-    is removed. The objective is the mean over the batch: every image has the same number of removed patches.
+    pred, patches: (N, L, V). norm_pix_loss: compare with patches normalised by their own mean and standard deviation.
+    Returns (N, L), float32 (float64 for such input).
     """
     precise = torch.promote_types(pred.dtype, torch.float32)  # half precision is too coarse for means of squares
     pred, target = pred.to(precise), patches.to(precise)
     if norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    error = (pred - target).square().mean(dim=-1)
-    return (error * mask).sum(dim=1) / mask.sum(dim=1)
+    return (pred - target).square().mean(dim=-1)
+
+
+def masked_pixel_loss(
+    pred: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool = False
+) -> torch.Tensor:
+    """`patch_errors` averaged over the removed patches of each image.
+
+    mask: (N, L), 1 = removed. Returns (N,); NaN where nothing is removed. The objective is the mean over the batch:
+    every image has the same number of removed patches.
+    """
+    errors = patch_errors(pred, patches, norm_pix_loss)
+    return (errors * mask).sum(dim=1) / mask.sum(dim=1)

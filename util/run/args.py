@@ -48,6 +48,7 @@ count = number(int, 1)
 count0 = number(int, 0)
 fraction = number(float, 0.0, 1.0)
 ratio = number(float, 0.0, 1.0, open_high=True)
+share = number(float, 1e-12, 1.0)
 rate = number(float, 0.0)
 positive = number(float, 1e-12)
 
