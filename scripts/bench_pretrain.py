@@ -1,163 +1,37 @@
-"""Step time and peak memory of pre-training: ours, the official design, and Hugging Face's, side by side.
+"""Step time, peak memory and use of the device in pre-training: ours beside the official design and the peers.
 
 python scripts/bench_pretrain.py --out bench.json --model mae_vit_base_patch16 --input_size 224 --batch_size 8
+python scripts/bench_pretrain.py --out bench.json --contenders ours ours_fast official_design --batch_size 32
 
-All contenders get the same weights, images, masks and precision, and must agree on the loss before the clock
-starts. A step is a whole optimizer step. They take turns within one process, so that whatever else the machine
-does falls on all of them; the medians count. Memory is measured apart, in a process of its own for each.
+All contenders get the same weights, images, masks and precision, and those with the objective of the paper must agree
+on the loss before the clock starts. A step is a whole optimizer step. Each contender lives in a process of its own,
+because its memory and how it handles freed memory are a process's; they take turns, so that whatever else the machine
+does falls on all of them, and the medians count.
 """
 
-import importlib.util
 import json
-import math
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from models_mae import MAE_MODELS, MaskedAutoencoder, build_mae
-from models_vit import Attention, patchify
-from util.mae.masking import visible_count
+from scripts.contenders import CONTENDERS, EXACT, Contender, installed
+from util.benchmark.speed import matmul_rate
 from util.run import args as flags
-from util.run.device import autocast, grad_scaler, peak_memory_bytes, pick_device, pick_precision, synchronize
-from util.run.errors import cli
+from util.run.device import peak_memory_bytes, pick_device, pick_precision, synchronize
+from util.run.errors import UserError, cli
 from util.run.log import provenance, write_json
 from util.run.seed import uniform_for
-from util.training.convert import hf_config, save_hf
-from util.training.faults import NonFiniteGuard
-from util.training.optim import decay_groups, make_optimizer
 
-CONTENDERS = {
-    "ours": "visible patches embedded only, fused attention, fused AdamW, the loss stays on the device",
-    "official_design": "all patches embedded, explicit softmax attention, plain AdamW, the loss is read every step",
-    "hf": "transformers' ViTMAEForPreTraining with fused attention and fused AdamW",
-}
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative
-
-
-class SoftmaxAttention(Attention):
-    """Attention as the paper's code computes it: softmax(q k^T / sqrt(d)) v, every matrix in memory."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        weights = (q @ k.transpose(-2, -1) * (dim // self.num_heads) ** -0.5).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(n, tokens, dim))
-
-
-class OfficialDesign(MaskedAutoencoder):
-    """The official design, restated from its description (arXiv 2111.06377): a convolution embeds every
-    patch, the masked ones are dropped after, and the decoder's input is put back in order by a gather."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for block in (*self.blocks, *self.decoder_blocks):
-            block.attn = SoftmaxAttention(block.attn.proj.in_features, block.attn.num_heads)
-
-    def forward(self, images: torch.Tensor, mask_ratio: float, noise: torch.Tensor) -> torch.Tensor:
-        """images: (N, 3, H, W), normalised, of the model's size. noise: (N, L). Returns the loss."""
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        n, length, dim = x.shape
-        keep = visible_count(length, mask_ratio)
-        shuffled = noise.argsort(dim=1)
-        restore = shuffled.argsort(dim=1)
-        x = x.gather(1, shuffled[:, :keep, None].expand(-1, -1, dim))
-        mask = torch.ones(n, length, device=x.device)
-        mask[:, :keep] = 0
-        mask = mask.gather(1, restore)
-
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))
-
-        patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(n, length - keep, -1)], dim=1)
-        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
-        target = patchify(images, self.patch_size)
-        if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-
-
-class Contender:
-    """One implementation with its optimizer: `step` is one optimizer step as its training loop does it."""
-
-    def __init__(self, name: str, args, device: torch.device, precision: str, weights: dict | None = None):
-        """weights: a state dict under the official names; None keeps the random ones."""
-        self.name, self.args, self.device, self.precision = name, args, device, precision
-        model = _hugging_face(args, weights) if name == "hf" else _by_our_names(name, args, weights)
-        self.model = model.to(device).train()
-        groups, lr = decay_groups(self.model.named_parameters(), 0.05), 1.5e-4 * args.batch_size / 256
-        if name == "official_design":
-            self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-        else:
-            self.optimizer = make_optimizer(groups, lr, device)
-        self.scaler = grad_scaler(device, precision)
-        self.guard = NonFiniteGuard(self.optimizer, self.scaler, device)
-
-    def loss(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        with autocast(self.device, self.precision):
-            if self.name == "hf":
-                return self.model(images, noise=noise).loss
-            out = self.model(images, self.args.mask_ratio, noise)
-            return out[0] if self.name == "ours" else out
-
-    def step(self, images: torch.Tensor, noise: torch.Tensor) -> None:
-        loss = self.loss(images, noise)
-        if self.name == "official_design" and not math.isfinite(loss.item()):
-            raise FloatingPointError("the loss of the official design is not finite")
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if self.name == "ours":
-            self.guard.step(loss.detach(), norm, 0)
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.name == "official_design":
-            synchronize(self.device)
-
-
-def _by_our_names(name: str, args, weights: dict | None) -> MaskedAutoencoder:
-    kind = {"ours": MaskedAutoencoder, "official_design": OfficialDesign}[name]
-    model = kind(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, **MAE_MODELS[args.model].keywords)
-    if weights is not None:
-        model.load_state_dict(weights)
-    return model
-
-
-def _hugging_face(args, weights: dict | None) -> nn.Module:
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with torch.device("meta"):
-        shapes = build_mae(args.model, args.input_size)
-    config = hf_config(
-        shapes.state_dict(),
-        num_heads=shapes.blocks[0].attn.num_heads,
-        decoder_num_heads=shapes.decoder_blocks[0].attn.num_heads,
-        norm_pix_loss=args.norm_pix_loss,
-        mask_ratio=args.mask_ratio,
-    )
-    if weights is None:
-        return ViTMAEForPreTraining(ViTMAEConfig(**config))
-    with tempfile.TemporaryDirectory() as folder:
-        return ViTMAEForPreTraining.from_pretrained(save_hf(folder, weights, config), attn_implementation="sdpa")
 
 
 def make_batch(args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,54 +42,96 @@ def make_batch(args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return (images * 4 - 2).to(device), uniform_for(args.seed, 1, index, patches).to(device)
 
 
-def assert_same_objective(contenders: list[Contender], batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Every contender's first loss must be ours; returns it."""
-    with torch.no_grad():
-        losses = {contender.name: float(contender.loss(*batch)) for contender in contenders}
-    for name, loss in losses.items():
-        if abs(loss / losses["ours"] - 1) > LOSS_TOLERANCE[contenders[0].precision]:
-            raise AssertionError(f"{name} does not compute our objective: the losses are {losses}")
-    return losses["ours"]
+def step_flops(args) -> int:
+    """Floating-point operations of the matrix products of our exact step, two for a multiply-add."""
+    model = MaskedAutoencoder(img_size=args.input_size, **MAE_MODELS[args.model].keywords).to("meta")
+    images = torch.empty(args.batch_size, 3, args.input_size, args.input_size, device="meta")
+    noise = torch.empty(args.batch_size, model.num_patches(images), device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # its products can be counted
+        model(images, args.mask_ratio, noise, 1.0).backward()
+    return counter.get_total_flops()
 
 
-def time_steps(contenders: list[Contender], batch: tuple[torch.Tensor, torch.Tensor], args) -> dict[str, list[float]]:
-    """Milliseconds per step, a figure for each round. The order changes from round to round."""
-    device, times = contenders[0].device, {contender.name: [] for contender in contenders}
-    for turn in range(args.warmup + args.steps):
-        first = turn % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(args.steps_per_turn):
-                contender.step(*batch)
-            synchronize(device)
-            if turn >= args.warmup:
-                times[contender.name].append((time.perf_counter() - started) * 1e3 / args.steps_per_turn)
-    return times
-
-
-def measure_memory(args, device: torch.device, precision: str) -> int:
-    """Bytes that the one contender `args.only` adds to this process at its peak, over two steps."""
+def serve(args) -> None:
+    """Be one contender: build it, say what its first loss is, then make a turn for each line that comes in."""
+    torch.manual_seed(args.seed)
+    # what pick_device arranges for the memory of a CPU process is ours: the peers do without
+    bare = args.device == "cpu" and not args.serve.startswith("ours")
+    device = torch.device("cpu") if bare else pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    weights = build_mae(args.model, args.input_size).state_dict()
     before = peak_memory_bytes(device)
-    contender, batch = Contender(args.only, args, device, precision), make_batch(args, device)
-    for _ in range(2):
-        contender.step(*batch)
-    synchronize(device)
-    return peak_memory_bytes(device) - before
+    contender, batch = Contender(args.serve, args, device, precision, weights), make_batch(args, device)
+    del weights
+    with torch.no_grad():
+        loss = float(contender.loss(*batch))
+    _answer({"loss": loss})
+    steps = args.steps_per_turn or (10 if device.type == "cuda" else 1)
+    for _ in sys.stdin:
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            contender.step(*batch)
+        synchronize(device)
+        ms = (time.perf_counter() - started) * 1e3 / steps
+        _answer({"ms": ms, "peak_memory_bytes": peak_memory_bytes(device) - before})
 
 
-def memory_in_own_process(name: str, argv: list[str]) -> int:
-    """`measure_memory` in a fresh process, because a peak is a process's and never goes down."""
-    # a shell in between, because Linux hands the peak of a process on to what it executes
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, str(Path(__file__).resolve()), *argv, "--only", name]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"the memory of {name} could not be measured:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
+def _answer(message: dict) -> None:
+    print(json.dumps(message), flush=True)
+
+
+class Seat:
+    """A contender in its own process."""
+
+    def __init__(self, name: str, argv: list[str]):
+        # a shell in between, because Linux hands the peak of a process on to what it executes
+        program = [sys.executable, str(Path(__file__).resolve()), *argv, "--serve", name]
+        command = ["sh", "-c", '"$@"; exit $?', "sh", *program]
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.loss = self._read()["loss"]
+
+    def turn(self) -> dict:
+        """Take some steps; {"ms": per step, "peak_memory_bytes": so far, what the contender added to its process}."""
+        self.process.stdin.write("turn\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the contender {self.name} ended with status {self.process.wait()}: see its words above")
+        return json.loads(line)
+
+    def leave(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_same_objective(losses: dict[str, float], precision: str) -> None:
+    """AssertionError where a contender with the paper's objective does not compute what ours does."""
+    exact = {name: loss for name, loss in losses.items() if name in EXACT}
+    for name, loss in exact.items():
+        if abs(loss / exact["ours"] - 1) > LOSS_TOLERANCE[precision]:
+            raise AssertionError(f"{name} does not compute our objective: the losses are {exact}")
+
+
+def take_turns(seats: list[Seat], args) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds per step of every round, and peak memory. The order changes from round to round."""
+    times, memory = {seat.name: [] for seat in seats}, {}
+    for number in range(args.warmup + args.steps):
+        first = number % len(seats)
+        for seat in seats[first:] + seats[:first]:
+            answer = seat.turn()
+            memory[seat.name] = answer["peak_memory_bytes"]
+            if number >= args.warmup:
+                times[seat.name].append(answer["ms"])
+    return times, memory
 
 
 def get_args(argv: list[str] | None = None):
-    parser = flags.Parser("Step time and peak memory against the official design and Hugging Face's")
+    parser = flags.Parser("Step time and peak memory against the official design and the peers")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file, JSON")
     parser.add_argument("--model", choices=MAE_MODELS, default="mae_vit_base_patch16", metavar="NAME", help="model")
     parser.add_argument("--input_size", type=flags.count, default=224, help="side of the square images, px")
@@ -223,64 +139,109 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument("--mask_ratio", type=flags.ratio, default=0.75, help="removed patches, fraction in 0..1")
     parser.add_argument("--norm_pix_loss", action="store_true", help="the loss on normalised patches")
     parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=[name for name in CONTENDERS if name != "ours_compiled"],
+        metavar="NAME",
+        help=f"who takes part, beside ours: {', '.join(CONTENDERS)}; those that are not installed are left out",
+    )
+    parser.add_argument(
         "--steps", type=flags.count, default=10, help="timed rounds; every contender has a turn in each"
     )
     parser.add_argument("--steps_per_turn", type=flags.count, default=None, help="steps; default: 10 on cuda, else 1")
-    parser.add_argument("--warmup", type=flags.count0, default=1, help="rounds before the clock starts")
+    parser.add_argument("--warmup", type=flags.count0, default=2, help="rounds before the clock starts")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the forward pass"
     )
     parser.add_argument("--threads", type=flags.count0, default=0, help="CPU threads; 0: as torch chooses")
     parser.add_argument("--seed", type=flags.count0, default=0, help="of the weights, images and masks")
-    parser.add_argument("--only", choices=CONTENDERS, default=None, help="print the peak memory of one, bytes, and end")
+    parser.add_argument("--serve", choices=CONTENDERS, default=None, help="be one contender (this script calls it so)")
     return parser.parse_args(argv)
+
+
+def present(args) -> list[str]:
+    """The contenders of the flags that can take part, ours first; the others are named on the way."""
+    names = ["ours", *(name for name in CONTENDERS if name in args.contenders and name != "ours")]
+    if args.norm_pix_loss and "lightly" in names:
+        print("lightly is left out: its objective is on raw pixels")
+        names.remove("lightly")
+    for name in names:
+        if not installed(name):
+            print(f"{name} is left out: its library is not installed")
+    return [name for name in names if installed(name)]
 
 
 @cli
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = get_args(argv)
-    started = time.perf_counter()
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    args.steps_per_turn = args.steps_per_turn or (10 if device.type == "cuda" else 1)
-    if args.only:
-        print(measure_memory(args, device, precision))
+    if args.serve:
+        serve(args)
         return
 
-    names = [name for name in CONTENDERS if name != "hf" or importlib.util.find_spec("transformers")]
-    weights = build_mae(args.model, args.input_size).state_dict()
-    memory = {name: memory_in_own_process(name, argv) for name in names}
-    contenders = [Contender(name, args, device, precision, weights) for name in names]
-    batch = make_batch(args, device)
-    loss = assert_same_objective(contenders, batch)
-    times = time_steps(contenders, batch, args)
+    device, started = pick_device(args.device), time.perf_counter()
+    precision = pick_precision(args.precision, device)
+    flops = step_flops(args)
+    seats = [Seat(name, [*argv, "--device", device.type]) for name in present(args)]
+    check_same_objective({seat.name: seat.loss for seat in seats}, precision)
+    times, memory = take_turns(seats, args)
+    for seat in seats:
+        seat.leave()
+    rate = matmul_rate(device, precision)
 
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        name: {
-            "ms_per_step": medians[name],
-            "peak_memory_bytes": memory[name],
-            "ms_of_each_round": times[name],
-            "what": CONTENDERS[name],
-        }
-        for name in names
-    }
-    result["ratio_official"] = medians["official_design"] / medians["ours"]
-    result["ratio_hf"] = medians["hf"] / medians["ours"] if "hf" in medians else None
-    result["loss"] = loss
+    result = summary(times, memory, flops, rate)
     where = "resident, libraries loaded on first use included" if device.type == "cpu" else "on the device"
     result["memory"] = f"what one contender alone adds to its process at the peak ({where})"
     result["provenance"] = provenance({**vars(args), "out": str(args.out), "precision": precision}, device)
     result["wall_seconds"] = time.perf_counter() - started
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
-    for name in names:
-        print(f"{name:16} {medians[name]:9.1f} ms per step  {memory[name] / 2**20:8.0f} MiB")
-    print(f"ours against the official design: {result['ratio_official']:.2f}x as fast; written to {args.out}")
+    print(table(result, args.batch_size))
+    print(f"written to {args.out}")
+
+
+def summary(times: dict[str, list[float]], memory: dict[str, int], flops: int, rate: float) -> dict:
+    """The figures of every contender, and how many times as fast as each other one ours is.
+
+    flops: of our exact step. rate: the device's measured peak in matrix products, FLOP/s.
+    """
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        name: {
+            "ms_per_step": medians[name],
+            "peak_memory_bytes": memory[name],
+            "mfu": flops / (medians[name] / 1e3) / rate if name in EXACT else None,
+            "ms_of_each_round": times[name],
+            "what": CONTENDERS[name],
+        }
+        for name in times
+    }
+    for name, key in (("official_design", "ratio_official"), ("hf", "ratio_hf"), ("lightly", "ratio_lightly")):
+        result[key] = medians[name] / medians["ours"] if name in medians else None
+    for name in ("ours_fast", "ours_compiled"):
+        if name in medians and "official_design" in medians:
+            result[f"ratio_official_{name}"] = medians["official_design"] / medians[name]
+    return result | {"step_flops": flops, "matmul_flops_per_s": rate}
+
+
+def table(result: dict, batch_size: int) -> str:
+    """The result as a Markdown table."""
+    lines = [
+        "| | ms per step | images/s | peak memory | MFU | times as fast as the official design |",
+        "|" + "---|" * 6,
+    ]
+    base = result.get("official_design", {}).get("ms_per_step")
+    for name in CONTENDERS:
+        if name in result:
+            row = result[name]
+            ms, mfu = row["ms_per_step"], f"{row['mfu']:.0%}" if row["mfu"] else ""
+            ratio = f"{base / ms:.2f}" if base else ""
+            memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
+            lines.append(f"| {name} | {ms:,.0f} | {batch_size / ms * 1e3:.2f} | {memory} | {mfu} | {ratio} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -153,3 +153,22 @@ def crop_size_summary(sizes: np.ndarray, resolutions: Sequence[int] = RESOLUTION
         "short_side_px": {f"p{round(q * 100)}": float(np.quantile(short, q)) for q in _QUANTILES},
         "share_below": {str(resolution): float((short < resolution).mean()) for resolution in resolutions},
     }
+
+
+def matmul_rate(device: torch.device, precision: str, sides: Sequence[int] = (1024, 2048, 4096)) -> float:
+    """The peak of square matrix products that the device reaches here, FLOP/s: the best of several sizes and tries.
+
+    precision: fp32, bf16 or fp16, of the factors; on CUDA with the TF32 setting of `pick_device`.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    best = 0.0
+    for side in sides:
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        for _ in range(8):
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(max(1, 4096 // side)):
+                a @ a
+            synchronize(device)
+            best = max(best, 2 * side**3 * max(1, 4096 // side) / (time.perf_counter() - started))
+    return best
