@@ -67,8 +67,12 @@ def get_args(argv: list[str] | None = None):
         help="embeddings that are there are always used; for the grid runner",
     )
     flags.add_device_args(group)
+    flags.add_compile_arg(group)
     parser.set_defaults(log_dir=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cascade and (len(args.cascade) < 2 or args.cascade != sorted(set(args.cascade))):
+        raise UserError("--cascade goes from small to large: give two sides in px or more, in that order")
+    return args
 
 
 def add_protocol_args(parser: flags.Parser) -> None:
@@ -98,6 +102,15 @@ def add_protocol_args(parser: flags.Parser) -> None:
     group.add_argument(
         "--resolutions", type=flags.count, nargs="+", default=None,
         help="resolution: sides in px; default: 1, 1.5 and 2 times the size that the model was trained at",
+    )  # fmt: skip
+    group.add_argument(
+        "--cascade", type=flags.count, nargs="*", default=None, metavar="PX",
+        help="resolution: sides in px, from small to large, of which the larger are for unsure pictures; no number: no "
+        "cascade; default: half and whole of the size that the model was trained at",
+    )  # fmt: skip
+    group.add_argument(
+        "--cascade_loss", type=flags.fraction, default=0.005,
+        help="resolution: accuracy that the cascade may lose on validation, fraction in 0..1",
     )  # fmt: skip
 
 
@@ -132,7 +145,9 @@ def runs(args, bench: Bench, subject: Subject) -> dict[str, Callable[[], Outcome
         "few_shot": partial(protocols.few_shot, bench, settings=settings, count=args.episodes),
         "long_tail": partial(protocols.long_tail, bench, many=args.many, few=args.few, imbalance=args.imbalance),
         "stress": partial(stress, bench, subject, args.stresses),
-        "resolution": partial(resolution, bench, subject, args.resolutions),
+        "resolution": partial(
+            resolution, bench, subject, args.resolutions, cascade=args.cascade, most_lost=args.cascade_loss
+        ),
     }
 
 

@@ -36,6 +36,7 @@ def get_args(argv: list[str] | None = None):
         model_names=MODEL_NAMES,
         heads=("linear", "mlp"),
         batch_size=256,
+        auto_batch=False,
         epochs=50,
         warmup_epochs=0,
         lr=1e-3,

@@ -9,7 +9,9 @@ import torch
 
 from models_mae import MAE_MODELS, build_mae, load_mae_weights
 from util.benchmark.reconstruction import psnr
-from util.data.augment import EvalCrop, TrainCrop, normalize, to_unit
+from util.data.augment import EvalCrop, TrainCrop, standardize, to_unit
+from util.data.augment_batch import pictures
+from util.data.face_crop import open_pictures
 from util.data.images import BadImage
 from util.data.loader import held_out, open_loader
 from util.data.sheet import sheet
@@ -18,6 +20,7 @@ from util.run import args as flags
 from util.run.errors import UserError
 from util.run.log import RunFolder
 from util.run.seed import uniform_for
+from util.training.batch_size import settle_batch_size
 from util.training.hub import load_weights
 from util.training.optim import WarmupCosine, decay_groups, make_optimizer, unfreeze_in_stages
 from util.training.session import Session, fit, script
@@ -27,7 +30,7 @@ SHOWN = 8  # held-out images in the picture of an epoch
 
 def get_args(argv: list[str] | None = None):
     parser = flags.Parser("Masked autoencoder pre-training")
-    flags.add_data_args(parser, input_size=224, batch_size=64)
+    flags.add_data_args(parser, input_size=224, batch_size=64, auto_batch=True)
     flags.add_optim_args(parser, blr=1.5e-4, epochs=400, warmup_epochs=40, weight_decay=0.05)
     flags.add_runtime_args(parser)
     group = parser.add_argument_group("masked autoencoder")
@@ -52,6 +55,7 @@ def get_args(argv: list[str] | None = None):
         "--fill", action="store_true", help="predict the rest by one light layer (PR-MIM); with --predict_ratio below 1"
     )
     flags.add_crop_arg(group, 0.2)
+    flags.add_augment_arg(group)
     flags.add_unfreeze_args(group, first="the decoder")
     group.add_argument("--eval_images", type=flags.count0, default=128, help="held-out images per evaluation; 0: none")
     args = parser.parse_args(argv)
@@ -122,11 +126,17 @@ def build_model(args, run: RunFolder, fresh: bool) -> torch.nn.Module:
     return model
 
 
+def train_crop(args) -> TrainCrop:
+    """The augmentation that the flags describe."""
+    return TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
+
+
 def step_fn(args, patch_size: int):
     """One step's loss: masks are drawn from (seed, epoch, sample index), on the device."""
+    crop = train_crop(args)
 
     def step(model, batch: dict) -> dict[str, torch.Tensor]:
-        images = normalize(batch["image"])
+        images = standardize(pictures(batch, crop))
         rows, columns = (side // patch_size for side in images.shape[-2:])
         noise = uniform_for(args.seed, batch["epoch"], batch["index"], rows * columns)
         return {"loss": model(images, args.mask_ratio, noise, args.predict_ratio)}
@@ -134,16 +144,21 @@ def step_fn(args, patch_size: int):
     return step
 
 
+def count_images(args) -> int:
+    """The size of the training set; a stream of unknown length is refused when it is opened."""
+    return (args.epoch_images or 1) if args.streaming else len(open_pictures(args, "train"))
+
+
 def pretrain(args, here: Session) -> None:
     """Set up, resume, train, and write results.json."""
-    crop = TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
-    loader = open_loader(args, crop, here.world, here.device)
-    evaluate = HeldOut(args, here.run, here.device) if args.eval_images and here.world.is_main else None
-
     model = build_model(args, here.run, fresh=here.resume_from is None).to(here.device)
     patches = model.grid[0] * model.grid[1]
     if not 0 < visible_count(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio:g} of {patches} patches leaves none to see or none to predict")
+    step = step_fn(args, model.patch_size)
+    settle_batch_size(args, here, model, step, lambda: count_images(args))
+    loader = open_loader(args, train_crop(args), here.world, here.device)
+    evaluate = HeldOut(args, here.run, here.device) if args.eval_images and here.world.is_main else None
     lr = args.lr if args.lr is not None else args.blr * loader.step_images / 256
     stage = None
     if args.unfreeze_every:
@@ -152,7 +167,7 @@ def pretrain(args, here: Session) -> None:
         here,
         f"{args.model} at {args.input_size} px, lr {lr:.3g},",
         model=model,
-        step_fn=step_fn(args, model.patch_size),
+        step_fn=step,
         loader=loader,
         optimizer=make_optimizer(decay_groups(model.named_parameters(), args.weight_decay), lr, here.device),
         schedule=WarmupCosine(lr, args.min_lr, round(args.warmup_epochs * loader.steps), args.epochs * loader.steps),

@@ -3,6 +3,7 @@
 #   help_if_asked "$0" "$@"         # --help prints the comment at the head of the script
 #   ensure_env requirements.txt     # from here on, `python` has what the file lists
 #   grid_arguments OUT "$@"         # DATA INIT [OUT] [-- FLAGS] into the variables data, init, out and flags
+#   data_arguments OUT "$@"         # the same without INIT
 #
 # The environment is .venv in the repository, made on the first call and brought up to date when a requirements
 # file changes; with ANIMASK_USE_ACTIVE_ENV=1 it is the active one. PYTHON=... names the Python to make it with.
@@ -81,11 +82,17 @@ ensure_env() {
 }
 
 grid_arguments() {
+    [ $# -ge 3 ] && [ "${2#-}" = "$2" ] && [ "${3#-}" = "$3" ] || fail "DATA and INIT are needed: --help says what they are"
+    init="$3"
+    data_arguments "$1" "$2" "${@:4}"
+}
+
+data_arguments() {
     out="$1"
     shift
-    [ $# -ge 2 ] && [ "${1#-}" = "$1" ] && [ "${2#-}" = "$2" ] || fail "DATA and INIT are needed: --help says what they are"
-    data="$1" init="$2"
-    shift 2
+    [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || fail "DATA is needed: --help says what it is"
+    data="$1"
+    shift
     if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
         out="$1"
         shift

@@ -37,8 +37,8 @@ class Float64(nn.Module):
         torch.manual_seed(0)
         self.mae = build_mae("mae_vit_nano_patch8", 16).double()
 
-    def forward(self, images, mask_ratio, noise):
-        return self.mae(images.double(), mask_ratio, noise)
+    def forward(self, images, mask_ratio, noise, predict_ratio):
+        return self.mae(images.double(), mask_ratio, noise, predict_ratio)
 
 
 def main(images: str, out: str, batch: str, accum: str, fault: str = "") -> None:
@@ -47,7 +47,8 @@ def main(images: str, out: str, batch: str, accum: str, fault: str = "") -> None
     max_steps = {"signal": None, "short": 2}.get(fault, 4)
     args = SimpleNamespace(
         epochs=2, accum_iter=int(accum), clip_grad=None, log_every=50, save_steps=None, max_steps=max_steps,
-        eval_every=1, max_bad=0.0, seed=0, compile="off", mask_ratio=0.75,
+        eval_every=1, max_bad=0.0, seed=0, compile="off", mask_ratio=0.75, predict_ratio=1.0,
+        input_size=16, min_crop=0.2,
     )  # fmt: skip
     source = open_source(images, "train", labels="none", val_fraction=0.0)
     loader = TrainLoader(

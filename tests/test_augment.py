@@ -1,4 +1,4 @@
-"""Crops and flips against torchvision's, colours against their formulas, and erased boxes.
+"""Crops, flips, colours and blur against torchvision's, erased boxes, and maps that go through the same crop.
 
 Run: python -m pytest tests/test_augment.py
 """
@@ -14,14 +14,14 @@ from torchvision.transforms import functional as classic
 from torchvision.transforms.v2 import functional as modern
 
 from util.data.augment import (
-    CropFlip,
     EvalCrop,
     TrainCrop,
     TrainView,
-    color_jitter,
+    View,
     normalize,
-    random_erase,
+    random_erase_box,
     random_resized_box,
+    standardize,
     to_unit,
 )
 from util.data.images import crop_region
@@ -37,7 +37,7 @@ def picture(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(48, 48), (64, 32), (200, 200)])
 @pytest.mark.parametrize("box", [(0, 0, 120, 90), (13, 7, 77, 60), (100, 80, 103, 82)])
 def test_crop_equals_torchvision(size, box, flip):
-    got = CropFlip(box, flip).apply(picture(), size)
+    got = View(box, flip).apply(picture(), size)
     assert got.shape == (3, *size) and got.dtype == torch.uint8 and got.is_contiguous()
     x1, y1, x2, y2 = box
     place = (y1, x1, y2 - y1, x2 - x1)
@@ -55,7 +55,7 @@ def test_crop_equals_torchvision(size, box, flip):
 
 
 def test_crop_of_the_target_size_is_not_resampled():
-    got = CropFlip((10, 20, 42, 52)).apply(picture(), (32, 32))
+    got = View((10, 20, 42, 52)).apply(picture(), (32, 32))
     assert torch.equal(got, classic.pil_to_tensor(picture())[:, 20:52, 10:42])
 
 
@@ -140,7 +140,7 @@ def test_eval_crop_is_the_smart_crop(size):
     crop = EvalCrop(size)
     got = crop(image, record)
     assert torch.equal(got, crop(image, record, rng_for(5)))
-    expected = CropFlip(crop_region(image, size[1] / size[0], record["box"])).apply(image, size)
+    expected = View(crop_region(image, size[1] / size[0], record["box"])).apply(image, size)
     assert torch.equal(got, expected)
 
 
@@ -157,53 +157,97 @@ def jittered(pixels: torch.Tensor, factors) -> np.ndarray:
     return np.clip(saturation * x + (1 - saturation) * np.tensordot(grey_of, x, 1), 0, 255)
 
 
+def jitter(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> tuple[View, torch.Tensor]:
+    """A drawn view of the whole picture (3, H, W), and what it makes of it."""
+    crop = TrainCrop(pixels.shape[1:], scale=(1, 1), ratio=(1, 1), flip=False)
+    picture = pixels.permute(1, 2, 0).numpy()
+    view = TrainView(crop, jitter=strength).draw(picture, {}, rng)
+    assert view.box == (0, 0, pixels.shape[2], pixels.shape[1])
+    return view, view.apply(picture, crop.size)
+
+
 @pytest.mark.parametrize("strength", [0.1, 0.4])
 def test_jitter_is_brightness_contrast_and_saturation_alone(strength):
     pixels, factors = pixels_of(picture()), []
     for i in range(40):
-        got, rng = color_jitter(pixels, strength, rng_for(i)), rng_for(i)
-        factors.append([rng.uniform(1 - strength, 1 + strength) for _ in range(3)])
-        assert got.dtype == torch.uint8 and got.shape == pixels.shape
+        view, got = jitter(pixels, strength, rng_for(i))
+        factors.append([view.brightness, view.contrast, view.saturation])
+        assert got.dtype == torch.uint8 and got.shape == pixels.shape and got.is_contiguous()
         assert np.abs(got.numpy() - jittered(pixels, factors[-1])).max() < 4  # three roundings to whole levels
+        expected = modern.adjust_brightness(pixels, view.brightness)
+        expected = modern.adjust_saturation(modern.adjust_contrast(expected, view.contrast), view.saturation)
+        difference = (got.int() - expected.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.02
     assert np.min(factors) < 1 - 0.8 * strength and np.max(factors) > 1 + 0.8 * strength
+    assert np.abs(np.array(factors) - 1).max() <= strength
 
 
 def test_jitter_changes_the_mean_brightness_by_its_strength_at_most():
     pixels = pixels_of(picture()) // 2 + 50  # away from black and white, where values are cut off
     before = pixels.float().mean()
-    ratios = [(color_jitter(pixels, 0.1, rng_for(i)).float().mean() / before).item() for i in range(300)]
+    ratios = [(jitter(pixels, 0.1, rng_for(i))[1].float().mean() / before).item() for i in range(300)]
     assert 0.88 < min(ratios) < 0.93 and 1.07 < max(ratios) < 1.12
 
 
 def test_jitter_does_not_touch_its_input_and_follows_its_generator():
     pixels = pixels_of(picture())
-    first = color_jitter(pixels, 0.3, rng_for(1))
-    assert torch.equal(first, color_jitter(pixels, 0.3, rng_for(1)))
-    assert not torch.equal(first, color_jitter(pixels, 0.3, rng_for(2)))
+    first = jitter(pixels, 0.3, rng_for(1))[1]
+    assert torch.equal(first, jitter(pixels, 0.3, rng_for(1))[1])
+    assert not torch.equal(first, jitter(pixels, 0.3, rng_for(2))[1])
     assert torch.equal(pixels, pixels_of(picture()))
-    assert torch.equal(color_jitter(pixels, 0.0, rng_for(1)), pixels)
+    assert torch.equal(jitter(pixels, 0.0, rng_for(1))[1], pixels)
+
+
+@pytest.mark.parametrize("size", [(90, 120), (40, 40), (20, 64)])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_torchvisions(size, sigma):
+    sharp = View((0, 0, 120, 90)).apply(picture(), size)
+    got = View((0, 0, 120, 90), blur=sigma).apply(picture(), size)
+    side = 2 * max(1, round(0.05 * min(size))) + 1
+    expected = modern.gaussian_blur(sharp, [side, side], [sigma, sigma])
+    difference = (got.int() - expected.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.02
+    assert torch.equal(got, sharp) == (sigma == 0.1)  # a tenth of a pixel is no blur
+
+
+def test_the_asked_share_of_views_is_blurred():
+    view = TrainView(TrainCrop((16, 16)), blur=0.5)
+    sigmas = np.array([view.draw(picture(), {}, rng_for(i)).blur for i in range(800)])
+    assert 0.44 < (sigmas > 0).mean() < 0.56  # sd 0.018
+    drawn = sigmas[sigmas > 0]
+    assert 0.1 <= drawn.min() < 0.15 and 1.95 < drawn.max() <= 2.0 and abs(drawn.mean() - 1.05) < 0.1
+
+
+def erased(size: tuple[int, int], level: int, rng: np.random.Generator) -> tuple[tuple, torch.Tensor]:
+    """A drawn box and a picture of one level in which it is erased, (3, H, W)."""
+    plain = np.full((*size, 3), level, dtype=np.uint8)
+    view = View((0, 0, size[1], size[0]), erase=random_erase_box(size, rng), noise=int(rng.integers(1 << 24)))
+    return view.erase, view.apply(plain, size)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_an_erased_box_has_the_area_of_the_paper_and_the_rest_is_untouched(size):
-    blank, areas = torch.zeros(3, *size, dtype=torch.uint8), []
-    for i in range(400):
-        changed = random_erase(blank, rng_for(i)).amax(0) > 0  # noise that is black by chance is one in 17 million
-        rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
-        box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        assert box.all() and changed.sum() == box.numel()
-        areas.append(box.numel() / blank[0].numel())
+    areas = []
+    for i in range(300):
+        (x1, y1, x2, y2), got = erased(size, 0, rng_for(i))
+        inside = torch.zeros(size, dtype=torch.bool)
+        inside[y1:y2, x1:x2] = True
+        assert torch.equal(got.amax(0) > 0, inside)  # noise that is black by chance is one in 17 million
+        areas.append(inside.float().mean().item())
     assert 0.017 < min(areas) < 0.04 and 0.3 < max(areas) < 0.34
-    assert not blank.any()
 
 
 def test_an_erased_box_is_noise_of_every_level_and_follows_its_generator():
-    pixels = torch.full((3, 96, 96), 128, dtype=torch.uint8)
-    erased = random_erase(pixels, rng_for(0))
-    assert torch.equal(erased, random_erase(pixels, rng_for(0)))
-    assert not torch.equal(erased, random_erase(pixels, rng_for(1)))
-    noise = torch.cat([e[e != 128] for e in (random_erase(pixels, rng_for(i)) for i in range(20))]).float()
-    assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2 and abs(noise.std() - 73.9) < 2
+    first = erased((96, 96), 128, rng_for(0))[1]
+    assert torch.equal(first, erased((96, 96), 128, rng_for(0))[1])
+    assert not torch.equal(first, erased((96, 96), 128, rng_for(1))[1])
+    boxes = (erased((96, 96), 128, rng_for(i)) for i in range(20))
+    noise = torch.cat([got[:, y1:y2, x1:x2].flatten(1) for (x1, y1, x2, y2), got in boxes], dim=1).float()
+    assert noise.min() == 0 and noise.max() == 255
+    assert (noise.mean(1) - 127.5).abs().max() < 3 and (noise.std(1) - 73.9).abs().max() < 2
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.03  # the channels know nothing of each other
+    neighbours = torch.corrcoef(torch.stack([noise[:, 1:].flatten(), noise[:, :-1].flatten()]))
+    assert neighbours[0, 1].abs() < 0.03
 
 
 def test_a_view_without_jitter_and_erasing_is_its_crop():
@@ -237,6 +281,7 @@ def test_transforms_are_told_apart_by_their_words():
     crops += [TrainCrop((32, 32), ratio=(1.0, 1.0)), TrainCrop((32, 32), flip=False)]
     views = [TrainView(crop) for crop in crops]
     views += [TrainView(crops[0], jitter=0.1), TrainView(crops[0], jitter=0.1000001), TrainView(crops[0], erase=0.1)]
+    views += [TrainView(crops[0], blur=0.1)]
     transforms = [*crops, *views, EvalCrop((32, 32)), EvalCrop((48, 32))]
     assert len({repr(transform) for transform in transforms}) == len(transforms)
     assert repr(TrainView(TrainCrop([32, 32], scale=[0.2, 1.0]))) == repr(TrainView(TrainCrop((32, 32))))
@@ -247,6 +292,7 @@ def test_normalize_equals_torchvision():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     reference = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images.float() / 255)
     assert torch.allclose(normalize(images), reference, atol=1e-6)
+    assert torch.equal(normalize(images), standardize(to_unit(images)))
     assert torch.allclose(to_unit(images), images.float() / 255, atol=1e-7)
     assert to_unit(images).max() <= 1 and images.dtype == torch.uint8
 
@@ -256,4 +302,51 @@ def test_no_warnings():
         warnings.simplefilter("error")
         TrainCrop((32, 32))(picture(), {}, rng_for(0))
         EvalCrop((32, 32))(picture(), {})
-        TrainView(TrainCrop((32, 32)), jitter=0.1, erase=1.0)(picture(), {}, rng_for(0))
+        TrainView(TrainCrop((32, 32)), jitter=0.1, erase=1.0, blur=1.0)(picture(), {}, rng_for(0))
+        stored = np.array(picture())
+        stored.flags.writeable = False  # as in a file that is mapped to be read
+        View((0, 0, 120, 90)).apply(stored, (32, 32))
+
+
+def test_crops_and_flips_are_the_ones_of_earlier_results():
+    expected = [((6, 7, 88, 81), True), ((5, 10, 89, 86), True), ((7, 3, 113, 89), True), ((43, 10, 106, 67), False)]
+    crop, view = TrainCrop((32, 32)), TrainView(TrainCrop((32, 32)), jitter=0.2, blur=0.5, erase=0.5)
+    for index, (box, flip) in enumerate(expected):
+        for transform in (crop, view):
+            drawn = transform.draw(picture(), {}, rng_for(0, 1, index, "augment"))
+            assert (drawn.box, drawn.flip) == (box, flip)
+
+
+def test_jitter_and_erasing_are_drawn_as_ever():
+    """Brightness, contrast, saturation, whether to erase, then the box: what comes later must not move them."""
+    view = TrainView(TrainCrop((32, 32)), jitter=0.2, erase=0.5)
+    for i in range(40):
+        got, rng = view.draw(picture(), {}, rng_for(i)), rng_for(i)
+        view.crop.draw(picture(), {}, rng)
+        assert [got.brightness, got.contrast, got.saturation] == [rng.uniform(0.8, 1.2) for _ in range(3)]
+        assert got.erase == (random_erase_box((32, 32), rng) if rng.random() < 0.5 else (0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_map_goes_through_the_crop_as_its_picture_does(flip):
+    """A map of 32 x 32 labels, drawn as a picture of 256 x 128 px: what the crop shows is what the map says."""
+    labels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    drawn = np.repeat(np.repeat(labels[..., None], 4, 0), 8, 1).repeat(3, 2)
+    for box in [(0, 0, 256, 128), (64, 32, 192, 96), (8, 4, 40, 20), (16, 0, 240, 112)]:
+        view = View(box, flip)
+        grid = ((box[3] - box[1]) // 4, (box[2] - box[0]) // 8)
+        shown = view.apply(drawn, (box[3] - box[1], box[2] - box[0]))[0].numpy()
+        assert np.array_equal(view.crop_map(labels, (256, 128), grid), shown[2::4, 4::8])
+
+
+def test_a_map_of_a_crop_between_its_cells_takes_the_label_under_each_centre():
+    labels = np.arange(32 * 32).reshape(32, 32)
+    rng = rng_for(0)
+    for _ in range(50):
+        x1, y1, x2, y2 = random_resized_box(300, 200, (0.05, 1.0), (0.5, 2.0), rng)
+        got = View((x1, y1, x2, y2)).crop_map(labels, (300, 200), (7, 5))
+        for row in range(7):
+            for column in range(5):
+                x = (x1 + (column + 0.5) * (x2 - x1) / 5) * 32 / 300
+                y = (y1 + (row + 0.5) * (y2 - y1) / 7) * 32 / 200
+                assert got[row, column] == labels[int(y), int(x)]

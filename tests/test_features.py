@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_features.py
 """
 
 import argparse
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from models_vit import VisionTransformer
 from util.data.augment import EvalCrop, TrainCrop, TrainView, to_unit
+from util.data.loader import in_batches
 from util.data.sources import Subset, open_source
 from util.run.dist import World
 from util.run.errors import UserError
@@ -21,7 +23,9 @@ from util.run.seed import rng_for
 from util.training.pretrained import fingerprint_of
 from util.training.session import Session
 from util.transfer import features
+from util.transfer.encoder import Encoder
 from util.transfer.features import FeatureLoader, Features, cached_features
+from util.transfer.subject import Subject
 
 IMAGES = 10
 STILL = EvalCrop((16, 16))
@@ -186,6 +190,127 @@ def test_a_computation_that_was_stopped_goes_on(bench):
     assert bench.computed(VIEW) == IMAGES - 4
     assert torch.allclose(bench(VIEW).embeddings, bench.direct(VIEW), atol=1e-6)
     assert not list(bench.cache.glob("*/.*"))  # no temporary file is left
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_computation_that_was_stopped_leaves_no_process(bench, workers):
+    bench.model.limit = 6
+    with pytest.raises(KeyboardInterrupt):
+        bench(VIEW, num_workers=workers)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
+def test_the_size_of_a_batch_is_not_seen(bench, batch_size):
+    """fp32 on a CPU: within 1e-5 of single pictures, and the very bits of a plain loop over the same batches."""
+    got = bench(VIEW, batch_size=batch_size).embeddings
+    assert (got - bench.direct(VIEW)).abs().max() < 1e-5
+    parts = []
+    for chunk in (range(0, 4), range(4, 8), range(8, 10)):
+        for first in range(0, len(chunk), batch_size):
+            rows = chunk[first : first + batch_size]
+            pixels = [
+                VIEW(bench.source.load(row), bench.source.record(row), rng_for(0, 0, row, "augment")) for row in rows
+            ]
+            with torch.inference_mode():
+                parts.append(VisionTransformer.embed(bench.model, to_unit(torch.stack(pixels))))
+    assert torch.equal(got, torch.cat(parts))
+
+
+def test_one_loader_serves_all_chunks_that_are_missing(bench, monkeypatch):
+    """So that its workers are started once, and decode ahead while a chunk is written."""
+    asked = []
+    monkeypatch.setattr(
+        features,
+        "in_batches",
+        lambda source, transform, batches, **options: (
+            asked.append([list(rows) for rows in batches]) or in_batches(source, transform, batches, **options)
+        ),
+    )
+    first = bench(batch_size=3)
+    assert asked == [[[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]]  # no batch is of two chunks
+    bench.chunks()[1].unlink()
+    again = bench(batch_size=3)
+    assert asked[1:] == [[[4, 5, 6], [7]]] and torch.equal(again.embeddings, first.embeddings)
+    bench()
+    assert len(asked) == 2
+
+
+def pictures_of(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def encoder_of(model, **options) -> Encoder:
+    return Encoder(model, torch.device("cpu"), "fp32", **{"most": 8, **options})
+
+
+def test_batches_that_memory_does_not_hold_are_halved_for_good(bench, monkeypatch):
+    shown, embed = [], bench.model.embed
+
+    def small(images):
+        shown.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("none left")
+        return embed(images)
+
+    expected = encoder_of(bench.model)(pictures_of(8))
+    monkeypatch.setattr(bench.model, "embed", small)
+    encoder = encoder_of(bench.model)
+    assert torch.allclose(encoder(pictures_of(8)), expected, atol=1e-6)
+    assert shown == [8, 4, 2, 2, 2, 2]
+    assert torch.allclose(encoder(pictures_of(8)[:5]), expected[:5], atol=1e-6)
+    assert shown[6:] == [2, 2, 1]
+
+
+def test_memory_for_no_picture_at_all_is_an_error(bench, monkeypatch):
+    def none(images):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(bench.model, "embed", none)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        encoder_of(bench.model)(pictures_of(5))
+
+
+def test_a_compiled_network_sees_one_shape_only(bench, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        torch, "compile", lambda embed, **_: lambda images: shown.append(tuple(images.shape)) or embed(images)
+    )
+    expected = encoder_of(bench.model)(pictures_of(11))
+    encoder = encoder_of(bench.model, compiled=True)
+    got = torch.cat([encoder(part) for part in pictures_of(11).split(4)])
+    assert set(shown) == {(8, 3, 16, 16)} and torch.allclose(got, expected, atol=1e-6)
+    assert torch.allclose(bench(compile="on").embeddings, bench.direct(STILL), atol=1e-6)
+    assert shown[-1] == (2, 3, 16, 16)  # --batch_size
+
+
+def test_a_compiler_that_fails_costs_a_line_and_no_more(bench, monkeypatch):
+    def fail(images):
+        raise RuntimeError("no compiler here")
+
+    said = []
+    expected = encoder_of(bench.model)(pictures_of(5))
+    monkeypatch.setattr(torch, "compile", lambda embed, **_: fail)
+    encoder = encoder_of(bench.model, compiled=True, say=said.append)
+    assert torch.allclose(encoder(pictures_of(5)), expected, atol=1e-6)
+    assert len(said) == 1 and "no compiler here" in said[0]
+
+
+def test_a_mirrored_picture_is_half_of_the_mean(bench):
+    pictures = pictures_of(5)
+    both = torch.cat([pictures, pictures.flip(-1)])
+    one, other = encoder_of(bench.model)(both).split(5)
+    assert torch.allclose(encoder_of(bench.model, flip=True)(pictures), (one + other) / 2, atol=1e-6)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_colours_are_never_compiled(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    args = argparse.Namespace(**vars(bench.args), compile="on")
+    here = Session(args, World(), torch.device("cpu"), bench.run, None)
+    split = argparse.Namespace(name="train", rows=np.arange(3))
+    looks = Subject(here, lambda role: bench.source, bench.cache).looks(split)
+    assert looks.shape[0] == 3 and (looks != 0).any(axis=1).all()
 
 
 def test_damaged_pictures_are_rows_of_nan_and_are_listed(bench):

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from models_mae import build_mae
 from util.run import grid, grid_report
 from util.run.errors import UserError
 from util.run.grid_run import Job, Run, error_line
@@ -467,7 +471,8 @@ def ask_script(tmp_path):
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
     stub.write_text(
-        f'#!/bin/sh\ncase "$2" in util.run.grid) shift 2; exec "{sys.executable}" -c '
+        f'#!/bin/sh\ncase "$1" in scripts/*) exec "{sys.executable}" "$@";; esac\n'
+        f'case "$2" in util.run.grid) shift 2; exec "{sys.executable}" -c '
         f'\'import json, sys; json.dump(sys.argv[1:], open("{tmp_path}/asked.json", "w"))\' "$@";; esac\n'
     )
     stub.chmod(0o755)
@@ -527,6 +532,41 @@ def test_margin_study_gives_each_head_its_own_margins_and_evaluates_every_run(as
     given = dict(itertools.pairwise(then.command))
     assert then.command[0] == "eval_recognition.py" and given["--data_path"] == str(data)
     assert given["--ckpt"] == f"{runs[-1].folder}/checkpoint-best.pth" and given["--replicates"] == "9"
+
+
+def test_mask_sweep_has_equal_epochs_and_equal_computation(ask_script, import_script, tmp_path):
+    runs, args = ask_script("mask_sweep", tmp_path, "--", "--batch_size", "32", SEEDS="0,1", EPOCHS="100")
+    assert Counter(run.name for run in runs) == {"epochs": 4 * 2, "compute": 4 * 2}
+    given = {name: {run.settings["mask_ratio"]: run.settings["epochs"] for run in runs if run.name == name}
+             for name in ("epochs", "compute")}  # fmt: skip
+    assert given["epochs"] == dict.fromkeys(["0.25", "0.5", "0.75", "0.9"], "100")
+    assert given["compute"]["0.75"] == "100" and given["compute"]["0.25"] == "53"
+    assert args.figure == "mask_ratio:val.psnr_db"
+    for run in runs[:1] + runs[-1:]:
+        flags = import_script("main_pretrain.py").get_args(run.argv()[2:])
+        assert flags.model == "mae_vit_base_patch16" and flags.batch_size == 32 and flags.data_path == str(tmp_path)
+    for arguments, message in {
+        (): "DATA is needed",
+        ("--lr",): "DATA is needed",
+        (tmp_path / "no",): "there is no",
+        (tmp_path, "o", "x"): "lone --",
+    }.items():
+        error = ask_script("mask_sweep", *arguments)
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_epochs_of_equal_cost(import_script):
+    """Against torch's own count of a step: what the epochs of each ratio cost differs by half an epoch at most."""
+    script = import_script("scripts/matched_epochs.py")
+    args = script.get_args(["--model", "mae_vit_nano_patch8", "--input_size", "64", "--epochs", "200"])
+    model = build_mae(args.model, 64).to("meta")
+    costs = {}
+    for ratio in args.mask_ratios:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.empty(1, 3, 64, 64, device="meta"), ratio, torch.empty(1, 64, device="meta"), 1.0).backward()
+        costs[ratio] = counter.get_total_flops()
+    for ratio, epochs in script.matched_epochs(args).items():
+        assert abs(epochs * costs[ratio] - 200 * costs[0.75]) <= costs[ratio] / 2
 
 
 @pytest.mark.parametrize("name", ["lora_ranks", "data_efficiency", "sweep", "margin_study"])

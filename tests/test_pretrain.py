@@ -1,7 +1,6 @@
 """main_pretrain.py as its users run it: exact resuming, several processes, signals, faults."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -166,11 +165,7 @@ def test_a_stream_resumes_exactly_with_any_number_of_workers(shards, tmp_path):
     assert outcome(tmp_path / "whole")[2]["global_step"] == 6
 
 
-def test_a_stream_that_is_too_short_says_so(shards, tmp_path, capsys):
-    for workers in (0, 1):
-        argv = ["--streaming", "--epoch_images", 4000, "--max_bad", 0.1, "--num_workers", workers]
-        assert "lower --epoch_images" in fails(capsys, flags(f"hf:{shards}", tmp_path / f"{workers}", *argv))
-        assert not multiprocessing.active_children()  # one that is left would be waited for at exit, forever
+def test_a_stream_needs_its_length(shards, tmp_path, capsys):
     assert "--epoch_images" in fails(capsys, flags(f"hf:{shards}", tmp_path / "run", "--streaming"))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from util.data.images import BadImage
@@ -338,8 +337,8 @@ def stream(hub):
     return open_stream(f"hf:{hub / 'one'}", "train", val_fraction=0.0)
 
 
-def order(stream, *key, **place) -> list[int]:
-    return [index for index, _, _ in stream.iterate(*key, **place)]
+def order(stream, *key) -> list[int]:
+    return [index for index, _, _ in stream.iterate(*key)]
 
 
 def test_stream_holds_every_sample_once(stream):
@@ -370,40 +369,6 @@ def test_stream_orders_differ_by_epoch_and_seed(stream):
 def test_stream_rows_of_a_shard_are_shuffled_anew_each_epoch(stream):
     shard3 = [tuple(index for index in order(stream, 0, epoch) if index >> 32 == 3) for epoch in range(3)]
     assert len(set(shard3)) == 3
-
-
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 40])
-def test_stream_positions_are_slices_of_one_order(stream, hub, step):
-    full = order(stream, 0, 0)
-    for start in (0, 1, 6, 15, 31, 32, 50):
-        assert order(stream, 0, 0, start=start, step=step) == full[start::step]  # with the shards counted before
-    fresh = open_stream(f"hf:{hub / 'one'}", "train", val_fraction=0.0)
-    assert order(fresh, 0, 0, start=15, step=step) == full[15::step]
-
-
-class Worker(torch.utils.data.IterableDataset):
-    """What a loader does: rank and worker take fixed positions of the one order."""
-
-    def __init__(self, stream, rank: int, world: int):
-        self.stream, self.rank, self.world = stream, rank, world
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for index, _, load in self.stream.iterate(0, 0, self.rank + worker * self.world, self.world * workers):
-            assert load().size == (8, 6)
-            yield index
-
-
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_stream_order_is_the_same_for_any_workers_and_ranks(stream, world, workers):
-    full, together = order(stream, 0, 0), []
-    for rank in range(world):
-        loader = torch.utils.data.DataLoader(Worker(stream, rank, world), batch_size=None, num_workers=workers)
-        together.append(list(loader))
-    interleaved = [together[i % world][i // world] for i in range(len(full))]
-    assert interleaved == full
 
 
 def test_stream_is_split_by_hash(hub):

@@ -16,7 +16,7 @@ from skimage.color import rgb2yuv, yuv2rgb
 from torch.nn import functional
 
 from util.benchmark.stress import strata_report, stress_report
-from util.data.augment import CropFlip, EvalCrop, TrainCrop
+from util.data.augment import EvalCrop, TrainCrop, View
 from util.data.stress import (
     EYES_IN_CROP,
     EYES_IN_FACE,
@@ -170,7 +170,7 @@ def test_downscaling_is_pillows_and_pytorchs(scale):
 # -- covered parts
 
 
-def covered_by_search(box, geometry: CropFlip, size) -> np.ndarray:
+def covered_by_search(box, geometry: View, size) -> np.ndarray:
     """Which pixels of the crop (H, W) a box of the stored image touches: every pixel's footprint is asked."""
     left, top, right, bottom = geometry.box
     hit = np.zeros(size, dtype=bool)
@@ -188,7 +188,7 @@ def covered_by_search(box, geometry: CropFlip, size) -> np.ndarray:
 @pytest.mark.parametrize("crop", [(0, 0, 120, 150), (17, 33, 77, 93), (33, 10, 120, 70)])
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 def test_exactly_the_pixels_that_an_eye_touches_are_covered(crop, size, flip, margin):
-    geometry = CropFlip(crop, flip)
+    geometry = View(crop, flip)
     pixels = torch.full((3, *size), 7, dtype=torch.uint8)
     got = cover(pixels, hidden_boxes("eyes", geometry, size, RECORD, margin))
     expected = np.zeros(size, dtype=bool)
@@ -213,7 +213,7 @@ def test_painted_eyes_are_gone(flip):
     for x1, y1, x2, y2 in np.array(RECORD["eyes"], dtype=int):
         pixels[y1:y2, x1:x2] = (255, 0, 0)
     image = Image.fromarray(pixels)
-    geometry = CropFlip((20, 30, 110, 140), flip)
+    geometry = View((20, 30, 110, 140), flip)
     size = (66, 54)
     clean = geometry.apply(image, size)
     assert (clean[1] < 128).float().mean() > 0.03
@@ -228,20 +228,20 @@ def fractions_of(box, part) -> list[float]:
 
 
 def test_eyes_that_are_not_known_are_covered_by_a_band():
-    geometry, size = CropFlip((0, 0, 120, 150)), (150, 120)  # px of the crop are px of the image
+    geometry, size = View((0, 0, 120, 150)), (150, 120)  # px of the crop are px of the image
     for record in ({"box": RECORD["box"]}, {"box": RECORD["box"], "eyes": None}, {"box": RECORD["box"], "eyes": []}):
         [band] = hidden_boxes("eyes", geometry, size, record, 0.25)
         assert band == pytest.approx(fractions_of(RECORD["box"], EYES_IN_FACE))
         assert known_part("eyes", record) == "face box"
     [band] = hidden_boxes("eyes", geometry, size, {"box": None}, 0.25)
     assert band == pytest.approx(fractions_of((0, 0, 120, 150), EYES_IN_CROP))
-    [turned] = hidden_boxes("eyes", CropFlip((0, 0, 120, 150), True), size, {"box": RECORD["box"]}, 0.25)
+    [turned] = hidden_boxes("eyes", View((0, 0, 120, 150), True), size, {"box": RECORD["box"]}, 0.25)
     assert turned[0] == pytest.approx(120 - 90) and turned[2] == pytest.approx(120 - 30)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.15, 0.5])
 def test_hair_is_all_above_the_top_of_the_face_and_a_share_of_it(strength):
-    geometry, size = CropFlip((10, 20, 110, 140)), (60, 50)
+    geometry, size = View((10, 20, 110, 140)), (60, 50)
     pixels = torch.zeros(3, *size, dtype=torch.uint8)
     got = (cover(pixels, hidden_boxes("hair", geometry, size, RECORD, strength)) == FILL).all(0)
     rows = math.ceil((40 + strength * 70 - 20) / 2)  # the face lies at 40 to 110 px, a row of the crop is 2 px
@@ -348,7 +348,7 @@ def test_what_is_no_stress_is_refused():
 
 
 def test_boxes_go_through_a_crop_and_back():
-    geometry, size = CropFlip((10, 20, 60, 120), True), (40, 100)
+    geometry, size = View((10, 20, 60, 120), True), (40, 100)
     assert to_crop((10, 20, 60, 120), geometry, size) == pytest.approx((0, 0, 100, 40))
     assert to_crop((10, 20, 20, 70), geometry, size) == pytest.approx((80, 0, 100, 20))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from util.benchmark.all_pairs import all_pairs_report
+from util.benchmark.cascade import margins_of
 from util.benchmark.embedded import Bench, Split, join_splits
 from util.benchmark.few_shot import few_shot_report
 from util.benchmark.identification import class_centres, closed_set_report, knn_classes, nearest_classes, rank_classes
@@ -62,6 +63,15 @@ def _known_probes(bench: Bench) -> tuple[Split, Split, dict[str, int]]:
     return probes.take(present), gallery, {"identity_not_in_gallery": int((~present).sum())}
 
 
+def known_val(bench: Bench) -> Split | None:
+    """What is tuned on: the labelled val samples of the gallery's identities; None where val is what is tested."""
+    probes, gallery, _ = known_probes(bench)
+    val = None if probes.name == "val" else bench.first("val")
+    if val is not None:
+        val = val.take(np.isin(val.identity.astype(str), gallery.identity.astype(str)))
+    return val if val is not None and len(val) else None
+
+
 class Namer:
     """Ranks the classes for probes by one method: "head", "centroid" or "knn"."""
 
@@ -88,6 +98,12 @@ class Namer:
             logits = np.exp(logits - logits.max(axis=1, keepdims=True))
             return logits / logits.sum(axis=1, keepdims=True)
         return probes.embeddings @ np.nan_to_num(self.centres, nan=0.0).T
+
+    def margins(self, probes: Split) -> np.ndarray:
+        """(N,) float64: how much the best class is above the second, by a head's scores or by cosines to centres."""
+        if self.method == "head":
+            return margins_of(self.bench.head(probes.raw))
+        return margins_of(nearest_classes(probes.embeddings, self.centres, 2, skip_empty=True)[1])
 
 
 def methods(bench: Bench) -> tuple[str, ...]:
@@ -250,11 +266,8 @@ def open_set(bench: Bench) -> Outcome:
     strangers = set(unknown.identity) & (set(gallery.identity) | set(bench.classes))
     if strangers:
         raise UserError(f"{min(strangers)!r} is in train and in open_test: what is open must never be trained on")
-    known_val, unknown_val = bench.first("val"), bench.first("open_val")
-    val = None
-    if probes.name != "val" and known_val is not None and unknown_val is not None:
-        known_val = known_val.take(np.isin(known_val.identity.astype(str), gallery.identity.astype(str)))
-        val = (known_val, unknown_val) if len(known_val) else None
+    known, unknown_val = known_val(bench), bench.first("open_val")
+    val = None if known is None or unknown_val is None else (known, unknown_val)
     by, rated = {}, {}
     for name, rate in _raters(bench).items():
         known_scores, ranks = rate(probes)

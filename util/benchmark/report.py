@@ -205,7 +205,24 @@ def _resolution(results: dict) -> list[str]:
     crops = results["source_crops"]["short_side_px"]
     found = ", ".join(f"{name[1:]} %: {value:.0f}" for name, value in crops.items())
     lines += ["", f"Short side of the source crops, quantiles in px: {found}. Enlarging them adds no information."]
-    return lines + not_measured({f"{key} px": block for key, block in results.items() if key.isdigit()})
+    if "resolutions" in results.get("cascade", {}):
+        lines += ["", _cascade(results["cascade"])]
+    blocks = {f"{key} px": block for key, block in results.items() if key.isdigit()}
+    return lines + not_measured(blocks | {"cascade": results.get("cascade")})
+
+
+def _cascade(block: dict) -> str:
+    largest = block["resolutions"][-1]
+    decided = ", ".join(f"at {side} px {number(share)} %" for side, share in block["share"].items())
+    pace = f"{block['images_per_s']:.0f} images/s against {block['images_per_s_highest']:.0f}"
+    return (
+        f"A cascade, {' then '.join(map(str, block['resolutions']))} px: Top-1 "
+        f"{number(block['top1'], block['top1_ci95'])} against {number(block['top1_highest'])} of {largest} px for all; "
+        f"lost {number(block['lost'], block['lost_ci95'])} points. Decided {decided}. {block['gmacs']:.3g} GMACs a "
+        f"picture against {block['gmacs_highest']:.3g}; {pace}, by the speed of each size. A picture goes on where its "
+        f"margin is below {block['threshold']:.4g}, chosen on {block['chosen_on']} to lose "
+        f"{number(block['most_lost'])} points there at most."
+    )
 
 
 def _open_set(results: dict) -> list[str]:

@@ -1,17 +1,20 @@
-"""Crops and flips, from a decoded picture to the uint8 tensor a model is fed with.
+"""Random views of a picture, from the decoded picture to the uint8 tensor a model is fed with.
 
-The parameters of a sample are drawn once (`CropFlip`), so that its boxes and semantic maps can be sent
-through the same geometry. Normalisation is left to the device: a uint8 batch is a quarter of the bytes.
+The parameters of a sample are drawn once (`View`), so that its boxes and semantic maps can be sent through the same
+geometry, and so that the pixels can be made where that is cheapest: here, picture by picture in a worker, or in
+batches on the device (`util.data.augment_batch`). Normalisation is left to the device: a uint8 batch is a quarter of
+the bytes.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from util.data.effects import NOISE_KEYS, apply_effects, erase_noise
 from util.data.images import Picture, crop_region, cut, size_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,79 +23,151 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Art wider (or taller) against the target than this is first cut to the target's proportions around the character;
 # beyond it a random crop would often hold none.
 STRONG_ASPECT = 1.5
+BLUR_SIGMA = (0.1, 2.0)  # px, as in SimCLR
 _ATTEMPTS = 10
+
+Box = tuple[int, int, int, int]
+NO_BOX: Box = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class CropFlip:
-    """The geometry of one sample: cut out `box` (x1, y1, x2, y2, px of the stored image), then mirror if `flip`."""
+class View:
+    """What becomes of one picture: cut out `box`, mirror if `flip`, then colours, blur and noise, in this order.
 
-    box: tuple[int, int, int, int]
+    box: x1, y1, x2, y2, px of the stored picture. brightness, contrast, saturation: factors, 1 changes nothing.
+    blur: deviation, px of the result; 0: none. erase: x1, y1, x2, y2, px of the result, filled with noise of the key
+    `noise` (0..2^24 - 1); an empty box: none.
+    """
+
+    box: Box
     flip: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    blur: float = 0.0
+    erase: Box = NO_BOX
+    noise: int = 0
 
-    def apply(self, image: Picture, size: tuple[int, int]) -> torch.Tensor:
-        """The region resampled (bicubic, antialiased) to `size` (H, W): uint8 (3, H, W), contiguous."""
+    def apply(self, picture: Picture, size: tuple[int, int]) -> torch.Tensor:
+        """The region resampled (bicubic, antialiased) to `size` (H, W), and so on: uint8 (3, H, W), contiguous."""
         # PyTorch's resize of a channels-last uint8 view is vectorised: four times as fast as PIL's, equal to 1 level.
-        pixels = torch.from_numpy(cut(image, self.box)).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(_writable(cut(picture, self.box))).permute(2, 0, 1)[None]
         if pixels.shape[2:] != size:
             pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
-        pixels = pixels[0].flip(-1) if self.flip else pixels[0]
-        return pixels.contiguous()
+        if self.flip:
+            pixels = pixels.flip(-1)
+        changed = {"jitter": (self.brightness, self.contrast, self.saturation) != (1, 1, 1), "blur": self.blur > 0}
+        if effects := [name for name, is_changed in changed.items() if is_changed]:
+            pixels = apply_effects(pixels.float(), unpack(self.packed()[None]), effects).to(torch.uint8)
+        pixels = pixels[0].contiguous()
+        if self.erase != NO_BOX:  # not as an effect of EFFECTS, which would make noise for the whole picture
+            x1, y1, x2, y2 = self.erase
+            noise = erase_noise(torch.tensor([self.noise]), (y2 - y1) * (x2 - x1))
+            pixels[:, y1:y2, x1:x2] = noise.view(3, y2 - y1, x2 - x1)
+        return pixels
+
+    def crop_map(self, values: np.ndarray, picture_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+        """A map of labels over the whole picture, as the view shows it: `grid` (H, W) of values (h, w).
+
+        picture_size: (W, H), px. Each cell takes the label that lies under its centre.
+        """
+        rows = _cells(self.box[1], self.box[3], picture_size[1], values.shape[0], grid[0])
+        columns = _cells(self.box[0], self.box[2], picture_size[0], values.shape[1], grid[1])
+        return values[np.ix_(rows, columns[::-1] if self.flip else columns)]
+
+    def packed(self) -> torch.Tensor:
+        """All parameters, for a batch: float32 (P,), which holds each exactly or to 7 digits. See `unpack`."""
+        values = []
+        for value in vars(self).values():
+            values.extend(value if isinstance(value, tuple) else (value,))
+        return torch.tensor(values, dtype=torch.float32)
 
 
-class TrainCrop:
-    """Random resized crop and mirror: `(image, record, rng) -> uint8 (3, H, W)`.
+_WIDTHS = {name: np.size(value) for name, value in vars(View(NO_BOX)).items()}
+
+
+def unpack(packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parameters of packed views (N, P) by name: boxes (N, 4), all others (N,)."""
+    parts = packed.split(list(_WIDTHS.values()), dim=1)
+    return {name: part if part.shape[1] > 1 else part[:, 0] for name, part in zip(_WIDTHS, parts, strict=True)}
+
+
+class _Transform:
+    """`(picture, record, rng) -> uint8 (3, H, W)`: a View is drawn, then applied.
+
+    size: (H, W), px. effects: those of EFFECTS that its views may have.
+    """
+
+    size: tuple[int, int]
+    effects: tuple[str, ...] = ()
+
+    def draw(self, picture: Picture, record: dict, rng: np.random.Generator | None = None) -> View:
+        """The parameters of this sample for the numbers of `rng`."""
+        raise NotImplementedError
+
+    def __call__(self, picture: Picture, record: dict, rng: np.random.Generator | None = None) -> torch.Tensor:
+        return self.draw(picture, record, rng).apply(picture, self.size)
+
+
+class TrainCrop(_Transform):
+    """Random resized crop and mirror: `(picture, record, rng) -> uint8 (3, H, W)`.
 
     size: (H, W), px. scale: area of the crop, fractions of the picture. ratio: width / height of the crop against
-    that of the target. Picture much wider or taller than the target are first cut around the character.
+    that of the target. Pictures much wider or taller than the target are first cut around the character.
     """
 
     def __init__(self, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True):
         self.size, self.scale, self.ratio, self.flip = tuple(size), tuple(scale), tuple(ratio), flip
 
-    def draw(self, image: Picture, record: dict, rng: np.random.Generator) -> CropFlip:
+    def draw(self, picture: Picture, record: dict, rng: np.random.Generator) -> View:
         """The geometry of this sample for the numbers of `rng`."""
         aspect = self.size[1] / self.size[0]
-        x, y, (width, height) = 0, 0, size_of(image)
+        x, y, (width, height) = 0, 0, size_of(picture)
         if max(width / height / aspect, aspect * height / width) > STRONG_ASPECT:
-            x, y, right, bottom = crop_region(image, aspect, record.get("box"))
+            x, y, right, bottom = crop_region(picture, aspect, record.get("box"))
             width, height = right - x, bottom - y
         ratio = (self.ratio[0] * aspect, self.ratio[1] * aspect)
         left, top, right, bottom = random_resized_box(width, height, self.scale, ratio, rng)
         flip = self.flip and rng.random() < 0.5
-        return CropFlip((x + left, y + top, x + right, y + bottom), flip)
-
-    def __call__(self, image: Picture, record: dict, rng: np.random.Generator) -> torch.Tensor:
-        return self.draw(image, record, rng).apply(image, self.size)
+        return View((x + left, y + top, x + right, y + bottom), flip)
 
     def __repr__(self) -> str:
         return f"TrainCrop(size={self.size}, scale={self.scale}, ratio={self.ratio}, flip={self.flip})"
 
 
-class TrainView:
-    """A random crop, then mild colour jitter and erasing: `(image, record, rng) -> uint8 (3, H, W)`.
+class TrainView(_Transform):
+    """A random crop, then mild colour jitter, blur and erasing: `(picture, record, rng) -> uint8 (3, H, W)`.
 
     crop: TrainCrop. jitter: strength 0..1; brightness, contrast and saturation are scaled by 1 - jitter to 1 + jitter
-    (never the hue: hair and eye colours are who a character is). erase: share of pictures, 0..1, with a box of noise.
+    (never the hue: hair and eye colours are who a character is). blur: share of pictures, 0..1, that are blurred, by
+    a deviation uniform in BLUR_SIGMA. erase: share of pictures, 0..1, with a box of noise.
     """
 
-    def __init__(self, crop: TrainCrop, jitter: float = 0.0, erase: float = 0.0):
-        self.crop, self.jitter, self.erase = crop, jitter, erase
+    def __init__(self, crop: TrainCrop, jitter: float = 0.0, erase: float = 0.0, blur: float = 0.0):
+        self.crop, self.jitter, self.erase, self.blur, self.size = crop, jitter, erase, blur, crop.size
+        strengths = {"jitter": jitter, "blur": blur, "erase": erase}
+        self.effects = tuple(name for name, strength in strengths.items() if strength)
 
-    def __call__(self, image: Picture, record: dict, rng: np.random.Generator) -> torch.Tensor:
-        pixels = self.crop(image, record, rng)
+    def draw(self, picture: Picture, record: dict, rng: np.random.Generator) -> View:
+        """The parameters of this sample for the numbers of `rng`; the crop is drawn first."""
+        drawn = {}
+        view = self.crop.draw(picture, record, rng)
         if self.jitter:
-            pixels = color_jitter(pixels, self.jitter, rng)
+            for name in ("brightness", "contrast", "saturation"):
+                drawn[name] = rng.uniform(1 - self.jitter, 1 + self.jitter)
+        if self.blur and rng.random() < self.blur:
+            drawn["blur"] = rng.uniform(*BLUR_SIGMA)
         if self.erase and rng.random() < self.erase:
-            pixels = random_erase(pixels, rng)
-        return pixels
+            drawn["erase"] = random_erase_box(self.size, rng)
+            drawn["noise"] = int(rng.integers(NOISE_KEYS))
+        return replace(view, **drawn) if drawn else view
 
     def __repr__(self) -> str:
-        return f"TrainView({self.crop!r}, jitter={self.jitter}, erase={self.erase})"
+        return f"TrainView({self.crop!r}, jitter={self.jitter}, erase={self.erase}, blur={self.blur})"
 
 
-class EvalCrop:
-    """The smart crop, the same at every call: `(image, record) -> uint8 (3, H, W)`.
+class EvalCrop(_Transform):
+    """The smart crop, the same at every call: `(picture, record) -> uint8 (3, H, W)`.
 
     size: (H, W), px. flip: mirror it, for the second half of a flip test.
     """
@@ -100,41 +175,26 @@ class EvalCrop:
     def __init__(self, size, flip: bool = False):
         self.size, self.flip = tuple(size), flip
 
-    def draw(self, image: Picture, record: dict, rng: np.random.Generator | None = None) -> CropFlip:
+    def draw(self, picture: Picture, record: dict, rng: np.random.Generator | None = None) -> View:
         """The geometry of this sample; `rng` is not used."""
-        return CropFlip(crop_region(image, self.size[1] / self.size[0], record.get("box")), self.flip)
-
-    def __call__(self, image: Picture, record: dict, rng: np.random.Generator | None = None) -> torch.Tensor:
-        return self.draw(image, record).apply(image, self.size)
+        return View(crop_region(picture, self.size[1] / self.size[0], record.get("box")), self.flip)
 
     def __repr__(self) -> str:
         return f"EvalCrop(size={self.size}{', flip=True' if self.flip else ''})"
 
 
-def color_jitter(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
-    """Scale brightness, contrast and saturation of uint8 (3, H, W), each by a factor in 1 +- strength."""
-    from torchvision.transforms.v2 import functional as transforms  # slow to import
-
-    for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-        pixels = adjust(pixels, rng.uniform(1 - strength, 1 + strength))
-    return pixels
-
-
-def random_erase(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Fill a random box of uint8 (3, H, W), 2 to 33 % of the area, with noise (arXiv 1708.04896)."""
-    height, width = pixels.shape[1:]
+def random_erase_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """A random box x1, y1, x2, y2 in a picture of `size` (H, W), 2 to 33 % of its area (arXiv 1708.04896)."""
+    height, width = size
     x1, y1, x2, y2 = random_resized_box(width, height, (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
     if (x2 - x1) * (y2 - y1) > width * height / 2:  # no box of that kind was found: rare, in very wide pictures
-        return pixels
-    noise = rng.integers(0, 256, (3, y2 - y1, x2 - x1), dtype=np.uint8)
-    pixels = pixels.clone()
-    pixels[:, y1:y2, x1:x2] = torch.from_numpy(noise)
-    return pixels
+        return NO_BOX
+    return x1, y1, x2, y2
 
 
 def random_resized_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+) -> Box:
     """A random box x1, y1, x2, y2 (px) in an image, distributed as by torchvision's RandomResizedCrop.
 
     Area uniform in `scale` (fractions of the image), width / height log-uniform in `ratio`; after ten boxes that do
@@ -160,12 +220,28 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).mul_(1 / 255)
 
 
+def standardize(images: torch.Tensor) -> torch.Tensor:
+    """float32 images (N, 3, H, W) in [0, 1] with ImageNet's mean and deviation taken out, in place."""
+    mean, std = _statistics(images.device)
+    return images.sub_(mean).div_(std)
+
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 images (N, 3, H, W) to float32 with ImageNet's mean and deviation taken out, where they live."""
-    mean, std = _statistics(images.device)
-    return to_unit(images).sub_(mean).div_(std)
+    return standardize(to_unit(images))
 
 
 @functools.cache  # a constant made anew would make the host wait for the device at every step
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def _writable(pixels: np.ndarray) -> np.ndarray:
+    """The pixels themselves, or a copy of those that lie in a file that is only read: PyTorch warns of such."""
+    return pixels if pixels.flags.writeable else pixels.copy()
+
+
+def _cells(low: int, high: int, length: int, cells: int, count: int) -> np.ndarray:
+    """Which of `cells` equal parts of `length` px lies under the centre of each of `count` parts of low..high."""
+    centres = low + (np.arange(count) + 0.5) * ((high - low) / count)
+    return np.clip((centres * (cells / length)).astype(int), 0, cells - 1)

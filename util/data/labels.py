@@ -2,14 +2,15 @@
 
 import argparse
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from util.data.face_crop import open_pictures
-from util.data.sources import Source, Subset
+from util.data.sources import Source, Subset, column_array
 from util.run.errors import UserError
 from util.run.seed import rng_for
 
@@ -36,8 +37,10 @@ class Labelled:
 
     def labels(self, source: Source) -> np.ndarray:
         """Class numbers (N,) int64 of one of the sources."""
-        numbers = self.numbers
-        return np.array([numbers[name] for name in source.column("identity")], dtype=np.int64)
+        found = pc.index_in(column_array(source, "identity"), value_set=pa.array(self.classes, pa.string()))
+        if found.null_count:
+            raise ValueError(f"{found.null_count} samples of {source.name} are of no class")
+        return found.to_numpy().astype(np.int64)
 
 
 def open_labelled(args: argparse.Namespace) -> Labelled:
@@ -49,7 +52,7 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
 
     def open_role(role: str) -> Source:
         source = open_pictures(args, role)
-        known = np.array([name is not None for name in source.column("identity")], dtype=bool)
+        known = np.asarray(column_array(source, "identity").is_valid())
         if not known.any():
             raise UserError(
                 f"{args.data_path} has no labels for {role!r}: give class folders, or metadata with identities"
@@ -60,8 +63,8 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
         return Subset(source, np.flatnonzero(known))
 
     train, val, test = open_role("train"), open_role("val"), open_role("test")
-    identities = train.column("identity")
-    classes = tuple(sorted(set(identities)))
+    identities = column_array(train, "identity")
+    classes = tuple(sorted(pc.unique(identities).to_pylist()))
     _check_classes(args, classes, {"val": val, "test": test})
     if args.label_fraction < 1:
         train = Subset(train, stratified(identities, args.label_fraction, args.seed))
@@ -77,7 +80,7 @@ def _check_classes(args: argparse.Namespace, classes: tuple[str, ...], others: d
             "leave the flag out"
         )
     for role, source in others.items():
-        strangers = sorted(set(source.column("identity")) - set(classes))
+        strangers = sorted(set(pc.unique(column_array(source, "identity")).to_pylist()) - set(classes))
         if strangers:
             raise UserError(
                 f"{args.data_path}: {strangers[0]!r} is in {role} but has no training image ({len(strangers)} such "
@@ -85,14 +88,17 @@ def _check_classes(args: argparse.Namespace, classes: tuple[str, ...], others: d
             )
 
 
-def stratified(identities: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+def stratified(identities: Sequence[str] | pa.Array, fraction: float, seed: int) -> np.ndarray:
     """The rows (n,), ascending, of a share of each identity's samples: at least one, rounded to the nearest number.
 
     A smaller fraction of the same seed is a part of a larger one.
     """
-    taken = {name: max(1, round(fraction * count)) for name, count in Counter(identities).items()}
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(identities):
-        rows.setdefault(name, []).append(row)
-    chosen = [rng_for(seed, name, "labels").permutation(rows[name])[:count] for name, count in taken.items()]
+    encoded = pa.array(identities, pa.string()).dictionary_encode()
+    numbers = encoded.indices.to_numpy()
+    ends = np.bincount(numbers).cumsum()
+    rows = np.split(np.argsort(numbers, kind="stable"), ends[:-1])  # of each identity, ascending
+    chosen = [
+        rng_for(seed, name, "labels").permutation(own)[: max(1, round(fraction * len(own)))]
+        for name, own in zip(encoded.dictionary.to_pylist(), rows, strict=True)
+    ]
     return np.sort(np.concatenate(chosen))

@@ -8,7 +8,8 @@ masks made later can be written.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,8 @@ class Manifest:
 
     def keep(self, chosen: np.ndarray) -> "Manifest":
         """The rows where `chosen` (len,) bool is true, in file order."""
+        if chosen.all():
+            return self
         table = self.table.filter(pa.array(chosen)).combine_chunks()
         return Manifest(table, self.folder, self.root, self.rows[chosen], self.metadata)
 
@@ -118,6 +121,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a prepared folder, or make one with datasets/prepare_folder.py")
+    found = path.stat()
+    manifest = _read(folder, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    return replace(manifest, rows=manifest.rows.copy(), metadata=dict(manifest.metadata))
+
+
+@lru_cache(maxsize=1)  # a run opens its data once for each role, and a million rows take a second each time
+def _read(folder: Path, path: Path, version: tuple[int, ...]) -> Manifest:
+    """The manifest at `path`. version: changes with the file."""
     try:
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:

@@ -38,6 +38,9 @@ SPLIT_NAMES = {
 }
 
 
+_DIGEST_BYTES = 8
+
+
 class MissingRole(UserError):
     """The data have no rows for a role."""
 
@@ -65,15 +68,12 @@ def share_of(role: str, available: Collection[str], name: str) -> Share | None:
 def in_part(keys: Iterable[str], part: str, val_fraction: float) -> np.ndarray:
     """Which rows belong to `part`: (N,) bool. keys: a name for each row; rows of one name stay together."""
     if part == "all":
-        return np.array([True for _ in keys], dtype=bool)
-    held_out = np.array([_unit_hash(key) < val_fraction for key in keys], dtype=bool)
+        return np.ones(sum(1 for _ in keys), dtype=bool)
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest() for key in keys)
+    held_out = np.frombuffer(digests, "<u8") / 2.0 ** (8 * _DIGEST_BYTES) < val_fraction
     return held_out if part == "val" else ~held_out
 
 
 def role_of_name(split: str) -> str | None:
     """The role of a split called `split` in a folder or on the Hub, None if the name says nothing."""
     return next((role for role, names in SPLIT_NAMES.items() if split.lower() in names), None)
-
-
-def _unit_hash(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64

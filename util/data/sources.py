@@ -1,4 +1,4 @@
-"""Open whatever a `--data_path` names: a prepared folder, class folders, a folder of pictures, a Hub data set.
+"""Open whatever a `--data_path` names: a folder, prepared or not, a Hub data set, a packed file.
 
 A source hands out records (the columns of `util.data.manifest`) and decoded pictures by number;
 `util.data.roles` says which of the rows a role gets.
@@ -7,16 +7,19 @@ A source hands out records (the columns of `util.data.manifest`) and decoded pic
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from util.data.hub import PREFIX, open_hub
-from util.data.images import SUFFIXES, decode_image
+from util.data.images import SUFFIXES, Picture, decode_image
 from util.data.manifest import MANIFEST_NAME, SCHEMA, Manifest, read_manifest
+from util.data.packed import PackedFile, PackedSource
 from util.data.roles import ROLES, MissingRole, in_part, role_of_name, share_of
 from util.run.errors import UserError
 
@@ -29,6 +32,10 @@ class Source(Protocol):
     """Pictures by number. It can be sent to worker processes (pickled).
 
     name: the data path, for messages. fingerprint: 16 hex digits that change with the list of samples.
+
+    Those that hold an Arrow table also have `array(name)`, a column as an Arrow array; `column_array` asks.
+    A packed one also has `view(i)`, the decoded picture where it lies, uint8 (H, W, 3), and `picture_size`, (width,
+    height) in px of all its pictures. Wrappers have what the source in them has; `reader` asks.
     """
 
     name: str
@@ -36,7 +43,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def record(self, i: int) -> dict:
+    def record(self, i: int) -> Mapping:
         """What is known of sample `i`: a value or None for each column of the manifest."""
         ...
 
@@ -69,14 +76,18 @@ class FolderSource:
 
     def column(self, name: str) -> list:
         """One column of the manifest, in row order."""
-        return self.manifest.table.column(name).to_pylist()
+        return self.array(name).to_pylist()
+
+    def array(self, name: str) -> pa.Array:
+        """The same as an Arrow array, not copied."""
+        return self.manifest.table.column(name).combine_chunks()
 
     def stamp(self) -> str:
         """16 hex digits from the size and the time of every file."""
-        digest = hashlib.blake2b(digest_size=8)
-        for i in range(len(self)):
+        digest, root = hashlib.blake2b(digest_size=8), os.fspath(self.manifest.root)
+        for name in self.column("file_name"):
             try:
-                found = os.stat(self.manifest.path(i))
+                found = os.stat(os.path.join(root, name))
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\0".encode())
             except OSError:
                 digest.update(b"missing\0")
@@ -104,8 +115,11 @@ class Subset:
 
     def column(self, name: str) -> list:
         """One column of the manifest for the chosen samples."""
-        values = self.source.column(name)
-        return [values[i] for i in self.chosen]
+        return self.array(name).to_pylist()
+
+    def array(self, name: str) -> pa.Array:
+        """The same as an Arrow array."""
+        return column_array(self.source, name).take(pa.array(self.chosen))
 
     def stamp(self) -> str:
         """That of the whole source."""
@@ -115,12 +129,46 @@ class Subset:
         """The picture of the sample."""
         return self.source.load(int(self.chosen[i]))
 
+    @property
+    def view(self) -> Callable[[int], np.ndarray]:
+        """`view` of the whole source. Raises AttributeError where that has none, so that this has none either."""
+        view, chosen = self.source.view, self.chosen
+        return lambda i: view(int(chosen[i]))
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """That of the whole source. Raises AttributeError where that has none."""
+        return self.source.picture_size
+
+
+def reader(source: Source) -> Callable[[int], Picture]:
+    """What gives the picture of sample `i` at least cost: `view` where the source has it, else `load`.
+
+    Raises BadImage where the picture cannot be decoded.
+    """
+    return getattr(source, "view", None) or source.load
+
+
+# a source without `array` may know boxes to more digits than a manifest keeps
+BOX_TYPES = {"box": pa.list_(pa.float64()), "eyes": pa.list_(pa.list_(pa.float64()))}
+
+
+def column_array(source: Source, name: str) -> pa.Array:
+    """One column of the manifest as an Arrow array: of a million rows no Python objects are made where it is `array`.
+
+    Those would also be copied in every worker process as soon as they are looked at.
+    """
+    if array := getattr(source, "array", None):
+        return array(name)
+    return pa.array(source.column(name), BOX_TYPES.get(name, pa.string()))
+
 
 def open_source(data_path: str | Path, role: str, *, labels: str = "auto", val_fraction: float = 0.1) -> Source:
     """Open `data_path` for a role: "train", "val", "test", "open_val", "open_test" or "novel".
 
     data_path: a prepared folder; class folders, with or without train/, val/ and test/; a flat or nested folder
-    of pictures; "hf:OWNER/NAME[:SPLIT]" or "hf:FOLDER[:SPLIT]", read by Hugging Face's library. labels: what a
+    of pictures; "hf:OWNER/NAME[:SPLIT]" or "hf:FOLDER[:SPLIT]", read by Hugging Face's library; a packed file, which
+    gives a role the same samples as what was packed. labels: what a
     nested folder means: "folders" (the first folder is the identity), "none" (no labels), "metadata" (there
     must be a metadata.parquet), "auto" (metadata.parquet, else class folders where every picture lies exactly
     one folder deep, else no labels). val_fraction: in 0..1. Raises UserError where there is nothing to read, of the
@@ -128,43 +176,79 @@ def open_source(data_path: str | Path, role: str, *, labels: str = "auto", val_f
     """
     if role not in ROLES:
         raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
-    if labels not in LABELS:
-        raise UserError(f"--labels {labels} is not known: choose one of {', '.join(LABELS)}")
+    _check_labels(labels)
     if not 0.0 <= val_fraction < 1.0:
         raise UserError(f"--val_fraction {val_fraction} is out of range: give a fraction from 0 to below 1")
     name = str(data_path)
     if name.startswith(PREFIX):
         return open_hub(name, role, val_fraction)
+    if Path(name).is_file():
+        return _open_packed(name, role, labels, val_fraction)
+    manifest, sizes = open_folder(name, labels)
+    rows = _role_rows(name, manifest.table, split_keys, role, val_fraction)
+    chosen = np.zeros(len(manifest), dtype=bool)
+    chosen[rows] = True
+    manifest = manifest.keep(chosen)
+    return FolderSource(name, manifest, None if sizes is None else sizes[manifest.rows])
+
+
+def _check_labels(labels: str) -> None:
+    if labels not in LABELS:
+        raise UserError(f"--labels {labels} is not known: choose one of {', '.join(LABELS)}")
+
+
+def open_folder(name: str, labels: str = "auto") -> tuple[Manifest, np.ndarray | None]:
+    """Every row of a folder, prepared or not, and the sizes of its files (N,) in bytes, None if it is prepared.
+
+    labels: as in `open_source`. Raises UserError where there is nothing to read.
+    """
+    _check_labels(labels)
     folder = Path(name)
-    if folder.is_file():
-        raise UserError(f"{name} is a file, and not of a kind that can be read: give a folder, or hf:OWNER/NAME")
     if not folder.is_dir():
         raise UserError(f"{name} does not exist: check --data_path, or make the data with a script of datasets/")
     if labels in ("auto", "metadata") and (folder / MANIFEST_NAME).is_file():
-        manifest, sizes = read_manifest(folder), None
-    elif labels == "metadata":
+        return read_manifest(folder), None
+    if labels == "metadata":
         raise UserError(f"{name} holds no {MANIFEST_NAME}: run datasets/prepare_folder.py, or give other --labels")
-    else:
-        manifest, sizes = list_folder(folder, labels)
-    return _for_role(name, manifest, sizes, role, val_fraction)
+    return list_folder(folder, labels)
 
 
-def _for_role(name: str, manifest: Manifest, sizes: np.ndarray | None, role: str, val_fraction: float) -> FolderSource:
-    present = set(manifest.table.column("split").unique().to_pylist())
+def split_keys(table: pa.Table) -> list[str]:
+    """The name of each row of a manifest whose hash decides between train and val.
+
+    Pictures cut from one source go to one side, so that no near-copy of a training picture is held out.
+    """
+    source, file_name = table.column("source"), table.column("file_name")
+    has_source = pc.fill_null(pc.not_equal(source, ""), False)
+    return pc.if_else(has_source, source, file_name).to_pylist()
+
+
+def _open_packed(name: str, role: str, labels: str, val_fraction: float) -> PackedSource:
+    file = PackedFile(name)
+    packed_with = file.header.plan["labels"]
+    if labels not in ("auto", "none", packed_with):
+        raise UserError(f"{name} was packed with --labels {packed_with}: leave out --labels {labels}, or pack again")
+    rows = _role_rows(name, file.table, lambda part: part.column("split_key").to_pylist(), role, val_fraction)
+    return PackedSource(name, file, rows, labelled=labels != "none")
+
+
+def _role_rows(
+    name: str, table: pa.Table, keys: Callable[[pa.Table], list[str]], role: str, val_fraction: float
+) -> np.ndarray:
+    """The numbers (n,) of the rows that a role gets. keys: of some rows, the names that are hashed."""
+    present = set(table.column("split").unique().to_pylist())
     available = [role for role, splits in ROLES.items() if present.intersection(splits)]
     share = share_of(role, available, name)
     if share is None:
         found = ", ".join(sorted(present)) or "no rows"
         raise MissingRole(f"{name} has nothing for {role!r}, only {found}: prepare it with such a split")
-    manifest = manifest.select(ROLES[share.of])
+    inside = pc.is_in(table.column("split"), value_set=pa.array(ROLES[share.of], pa.string()))
+    rows = np.flatnonzero(np.asarray(inside))
     if share.part != "all":
-        # pictures cut from one source go to one side, so that no near-copy of a training picture is held out
-        columns = (manifest.table.column(column).to_pylist() for column in ("source", "file_name"))
-        keys = [source or file_name for source, file_name in zip(*columns, strict=True)]
-        manifest = manifest.keep(in_part(keys, share.part, val_fraction))
-    if not len(manifest):
+        rows = rows[in_part(keys(table.filter(inside)), share.part, val_fraction)]
+    if not len(rows):
         raise MissingRole(f"{name} has no picture left for {role!r} at --val_fraction {val_fraction}: change it")
-    return FolderSource(name, manifest, None if sizes is None else sizes[manifest.rows])
+    return rows
 
 
 def list_folder(folder: Path, labels: str = "auto") -> tuple[Manifest, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.data.augment import CropFlip
+from util.data.augment import View
 
 Box = tuple[float, float, float, float]
 
@@ -210,7 +210,7 @@ def known_parts(kind: str, records: Iterable[dict]) -> dict[str, int]:
     return {way: counts[way] for way in ("eyes", "face box", "crop") if kind == "eyes" or way != "eyes"}
 
 
-def hidden_boxes(kind: str, geometry: CropFlip, size: tuple[int, int], record: dict, strength: float) -> list[Box]:
+def hidden_boxes(kind: str, geometry: View, size: tuple[int, int], record: dict, strength: float) -> list[Box]:
     """The boxes that cover the "eyes" or the "hair", px of the crop; parts outside the crop reach over its border.
 
     Eyes: each box of record["eyes"] with a margin; else EYES_IN_FACE of record["box"]; else EYES_IN_CROP.
@@ -227,8 +227,8 @@ def hidden_boxes(kind: str, geometry: CropFlip, size: tuple[int, int], record: d
     return [(0, 0, width, top + strength * (bottom - top))]
 
 
-def to_crop(box: Box, geometry: CropFlip, size: tuple[int, int]) -> Box:
-    """A box in px of the stored image, in px of the crop of `size` (H, W) that a CropFlip makes of it."""
+def to_crop(box: Box, geometry: View, size: tuple[int, int]) -> Box:
+    """A box in px of the stored image, in px of the crop of `size` (H, W) that a View makes of it."""
     left, top, right, bottom = geometry.box
     x_scale, y_scale = size[1] / (right - left), size[0] / (bottom - top)
     x1, x2 = (box[0] - left) * x_scale, (box[2] - left) * x_scale

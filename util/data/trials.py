@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from util.data.packed import PackedFile
 from util.run.errors import UserError
 from util.run.files import write_atomically
 
@@ -29,12 +30,17 @@ def write_protocol(folder: str | Path, name: str, rows: dict[str, list]) -> Path
 
 
 def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
-    """The trials in `folder`/protocols/NAME.parquet as lists, None where there is no such file."""
+    """The trials in `folder`/protocols/NAME.parquet, or in a packed file, as lists; None where there are none."""
     path = Path(folder) / "protocols" / f"{name}.parquet"
-    if not path.is_file():
+    if Path(folder).is_file():
+        packed = PackedFile(folder)
+        stored = packed.section(f"protocols/{name}") if name in packed.names("protocols") else None
+    else:
+        stored = path if path.is_file() else None
+    if stored is None:
         return None
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(stored, partitioning=None)
         return table.select(TRIALS.names).cast(TRIALS).to_pydict()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError, ValueError) as error:
         raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error

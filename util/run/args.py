@@ -53,6 +53,14 @@ rate = number(float, 0.0)
 positive = number(float, 1e-12)
 
 
+AUTO = "auto"
+
+
+def count_or_auto(text: str) -> int | str:
+    """An argparse type: an integer from 1, or AUTO."""
+    return text if text == AUTO else count(text)
+
+
 def image_size(text: str) -> int | list[int]:
     """An argparse type: "224" is a square, "192x256" is height x width, px."""
     parts = [count(part) for part in text.lower().split("x")]
@@ -67,9 +75,17 @@ def height_width(size: int | list[int]) -> tuple[int, int]:
 
 
 def add_data_args(
-    parser: argparse.ArgumentParser, *, input_size: int = 224, batch_size: int = 64, streams: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    input_size: int = 224,
+    batch_size: int = 64,
+    streams: bool = True,
+    auto_batch: bool = False,
 ) -> None:
-    """Where the pictures come from and how they are read. streams: whether the script can read a stream."""
+    """Where the pictures come from and how they are read. streams: whether the script can read a stream.
+
+    auto_batch: whether it can find the largest batch itself (util.training.batch_size).
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_path",
@@ -102,7 +118,12 @@ def add_data_args(
         )
         group.add_argument("--epoch_images", type=count, default=None, help="images that count as an epoch of a stream")
     group.add_argument("--input_size", type=image_size, default=input_size, help="px, a side or HEIGHTxWIDTH")
-    group.add_argument("--batch_size", type=count, default=batch_size, help="images per process and step")
+    group.add_argument(
+        "--batch_size",
+        type=count_or_auto if auto_batch else count,
+        default=batch_size,
+        help="images per process and step" + "; auto: the most that fit into memory" * auto_batch,
+    )
     group.add_argument(
         "--num_workers", type=count0, default=2, help="processes that decode images; 0 = in the main one"
     )
@@ -164,6 +185,16 @@ def add_crop_arg(group, default: float) -> None:
     )
 
 
+def add_augment_arg(group) -> None:
+    """Where the random crops of training are made."""
+    group.add_argument(
+        "--augment_on",
+        choices=("auto", "workers", "device"),
+        default="auto",
+        help="where training crops are made; auto: on a CUDA device where the data are packed, else in the workers",
+    )
+
+
 def add_unfreeze_args(group, first: str) -> None:
     """Progressive unfreezing. first: what learns from the start, for --help."""
     group.add_argument(
@@ -184,6 +215,11 @@ def add_device_args(group) -> None:
     group.add_argument("--seed", type=count0, default=0, help="every random number follows from it")
 
 
+def add_compile_arg(group) -> None:
+    """Whether the network is compiled."""
+    group.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the model")
+
+
 def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     """Device, output, logging and resuming."""
     group = parser.add_argument_group("run")
@@ -198,7 +234,12 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
         help="auto: go on from checkpoint-last.pth of the output folder, if any",
     )
     add_device_args(group)
-    group.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the model")
+    add_compile_arg(group)
+    group.add_argument(
+        "--grad_checkpoint",
+        action="store_true",
+        help="recompute transformer blocks in the backward pass: much less memory for about a third more time",
+    )
     group.add_argument("--eval_every", type=count, default=1, help="epochs between evaluations on held-out images")
     group.add_argument("--log_every", type=count, default=20, help="steps between readings of the loss")
     group.add_argument("--save_steps", type=count, default=None, help="steps between checkpoints inside an epoch")

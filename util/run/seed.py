@@ -8,6 +8,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 
 _MASK32 = 0xFFFFFFFF
 
@@ -17,7 +18,17 @@ def rng_for(*key: int | str) -> np.random.Generator:
 
     Equal keys give equal streams on every platform; different keys give independent ones.
     """
-    return np.random.Generator(np.random.Philox(key=_key128(key)))
+    return np.random.Generator(np.random.Philox(_Key(key)))
+
+
+class _Key(ISeedSequence):
+    """Hands `_key128(key)` to a bit generator; given as an argument, NumPy would first ask the system for a seed."""
+
+    def __init__(self, key: tuple):
+        self.words = np.frombuffer(_digest(key), dtype="<u8")
+
+    def generate_state(self, n_words: int, dtype=np.uint32) -> np.ndarray:
+        return self.words
 
 
 def torch_seed(*key: int | str) -> int:
@@ -26,8 +37,12 @@ def torch_seed(*key: int | str) -> int:
 
 
 def _key128(key: tuple) -> int:
+    return int.from_bytes(_digest(key), "little")
+
+
+def _digest(key: tuple) -> bytes:
     text = "\0".join(f"{type(part).__name__[0]}{part}" for part in key)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int) -> torch.Tensor:

@@ -23,6 +23,8 @@ class Progress:
     data: str = ""  # fingerprint of the training data
     seconds: float = 0.0  # of training, evaluation left out
     epoch_seconds: float = 0.0  # the same, of this epoch
+    compile_seconds: float = 0.0  # of the first step through a compiled model; they are not in `seconds`
+    compile_steps: int = 0  # how many such steps there were: one in each process that trained
     sums: list[dict[str, float]] = field(default_factory=list)  # of this epoch's scalars so far, for each process
     best: float | None = None  # the best evaluation figure, lower is better
     val: dict[str, float] | None = None  # the last evaluation
@@ -113,6 +115,11 @@ def restore(
         raise UserError(
             f"{path} is of a run with {progress.step_images} images per step, now there are {loader.step_images}: "
             "resume with the same --batch_size x --accum_iter x processes"
+        )
+    batch_size = checkpoint["args"].get("batch_size")
+    if progress.step and args.get("streaming") and batch_size != args.get("batch_size"):
+        raise UserError(
+            f"{path} was left inside an epoch of a stream, whose order is for --batch_size {batch_size}: resume with it"
         )
     if progress.data != loader.fingerprint:
         if progress.step:

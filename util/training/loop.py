@@ -18,12 +18,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.data.loader import StreamLoader, TrainLoader
+from util.data.prefetch import DeviceBatches
 from util.run import device as devices
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.log import RunFolder
 from util.run.seed import torch_seed
 from util.training.checkpoint import Progress, plain_args, save_checkpoint, select
+from util.training.compile import Compiled
 from util.training.faults import BadImages, NonFiniteGuard, Signals, Stopped
 from util.training.optim import WarmupCosine
 
@@ -77,6 +79,7 @@ class _Trainer:
         self.guard = NonFiniteGuard(setup.optimizer, setup.scaler, self.device)
         self.bad = BadImages(setup.run, setup.loader.images, self.args.max_bad, resumed=state.global_step > 0)
         self.wrapped = None
+        self.compiled: Compiled | None = None  # what `wrapped` is or holds, until its first step is done
         self.trainable = None
         self.stop_signal = 0  # what all processes agreed on, unlike signals.received, which is this one's own
         self.steps_here = 0
@@ -120,7 +123,7 @@ class _Trainer:
         self.trainable = trainable
         model = self.setup.model
         if devices.use_compile(self.args.compile, self.device, self.total_steps):
-            model = torch.compile(model)
+            model = self.compiled = Compiled(model, self.setup.run.say)
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # gloo: without the search for unused parameters the gradient buckets are laid out anew after the first
@@ -136,7 +139,7 @@ class _Trainer:
         state, args = self.state, self.args
         self.setup.model.train()
         sums = {name: torch.tensor(value, device=self.device) for name, value in self.sums.items()}
-        batches = self.setup.loader.enter(state.epoch, state.step)
+        batches = DeviceBatches(self.setup.loader.enter(state.epoch, state.step), self.device)
         bar = self.setup.run.progress(
             total=self.steps * state.step_images,
             initial=state.step * state.step_images,
@@ -147,6 +150,8 @@ class _Trainer:
         started = time.perf_counter()
         while state.step < self.steps:
             scalars = self._step(batches)
+            if self.compiled:
+                started = self._note_compilation(started)
             sums = {name: sums.get(name, 0.0) + value for name, value in scalars.items()}
             state.step += 1
             state.global_step += 1
@@ -170,7 +175,21 @@ class _Trainer:
         self._note_time(sums, started)
         return state.step == self.steps
 
-    def _step(self, batches) -> dict[str, torch.Tensor]:
+    def _note_compilation(self, started: float) -> float:
+        """Account for the first step through a compiled model, which is no measure of the speed of training.
+
+        started: when it began (`time.perf_counter`). Returns the present time.
+        """
+        devices.synchronize(self.device)
+        now = time.perf_counter()
+        if self.compiled.works:
+            self.setup.run.say(f"compiled in {now - started:.0f} s")
+        self.state.compile_seconds += now - started
+        self.state.compile_steps += 1
+        self.compiled = None
+        return now
+
+    def _step(self, batches: DeviceBatches) -> dict[str, torch.Tensor]:
         """One optimizer step over `accum_iter` batches. Returns its scalars, still on the device."""
         setup, args, state = self.setup, self.args, self.state
         # dropout and the like: a function of the step, so there is no generator state to save
@@ -178,13 +197,16 @@ class _Trainer:
         lr = setup.schedule.apply(setup.optimizer, state.global_step)
         scalars: dict[str, torch.Tensor] = {}
         for micro in range(args.accum_iter):
-            batch = self._to_device(next(batches))
+            batch = next(batches)
+            for bad in batch["bad"]:
+                self.bad.add(bad)
             last = micro == args.accum_iter - 1
             # gradients are exchanged once per step, not once per batch
             with self.wrapped.no_sync() if self.world.size > 1 and not last else nullcontext():
                 with devices.autocast(self.device, setup.precision):
                     out = setup.step_fn(self.wrapped, batch)
                 setup.scaler.scale(out["loss"] / args.accum_iter).backward()
+            batches.prefetch()
             for name, value in out.items():
                 scalars[name] = scalars.get(name, 0.0) + value.detach().float() / args.accum_iter
         setup.scaler.unscale_(setup.optimizer)
@@ -197,16 +219,6 @@ class _Trainer:
         self.lr = lr
         # under fp16 an overflowing step is skipped: it has no norm to speak of
         return {**scalars, "grad_norm": torch.where(norm.isfinite(), norm, 0.0)}
-
-    def _to_device(self, batch: dict) -> dict:
-        for bad in batch["bad"]:
-            self.bad.add(bad)
-        move = {
-            name: value.to(self.device, non_blocking=self.device.type == "cuda")  # unsafe on MPS
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
-        }
-        return {**batch, **move}
 
     def _look(self, scalars: dict[str, torch.Tensor], bar) -> None:
         """Read the scalars from the device: the one place inside an epoch where the host waits."""
@@ -319,17 +331,19 @@ class _Trainer:
     def _summary(self) -> dict:
         parameters = list(self.setup.model.named_parameters())
         images = self.state.global_step * self.state.step_images
+        timed = self.state.global_step - self.state.compile_steps  # steps whose time is in `seconds`
         return {
             "trainable_params": sum(p.numel() for _, p in parameters if p.requires_grad),
             "total_params": sum(p.numel() for _, p in parameters),
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
-            "seconds_per_epoch": self.state.seconds / max(self.state.global_step, 1) * self.steps,
-            "images_per_s": images / self.state.seconds if self.state.seconds else None,
+            "seconds_per_epoch": self.state.seconds / max(timed, 1) * self.steps,
+            "images_per_s": timed * self.state.step_images / self.state.seconds if timed else None,
             "epochs": self.state.epoch,
             "steps": self.state.global_step,
             "train_images": self.setup.loader.images,
             "images_seen": images,
             "train_seconds": self.state.seconds,
+            "compile_seconds": self.state.compile_seconds,
             "finished": self._is_over(),
             "bad_images": len(self.bad),
             "val": self.state.val,

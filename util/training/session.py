@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from util.run.device import grad_scaler, pick_device, pick_precision
+from util.run.device import grad_scaler, pick_device, pick_precision, precision_warning
 from util.run.dist import World, join, leave, read_world
 from util.run.errors import cli
 from util.run.files import write_atomically
@@ -18,6 +18,7 @@ from util.run.log import RunFolder, provenance
 from util.training.checkpoint import Progress, plain_args, restore
 from util.training.faults import Stopped
 from util.training.loop import Setup, train
+from util.training.memory import checkpoint_blocks
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ def fit(here: Session, headline: str, **parts) -> dict | None:
     args, run = here.args, here.run
     precision = pick_precision(args.precision, here.device)
     scaler = grad_scaler(here.device, precision)
+    if warning := precision_warning(precision, here.device):
+        run.say(warning)
     setup = Setup(args=args, world=here.world, device=here.device, precision=precision, scaler=scaler, run=run, **parts)
+    if args.grad_checkpoint:
+        checkpoint_blocks(setup.model)
     progress = Progress()
     if here.resume_from:
         progress = restore(

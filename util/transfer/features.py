@@ -9,21 +9,23 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from util.data.augment import to_unit
-from util.data.loader import StepSampler, fitting, in_order, readable
+from util.data.loader import StepSampler, fitting, in_batches, readable
 from util.data.sources import Source
-from util.run.device import autocast, peak_memory_bytes, pick_precision, synchronize
+from util.run.device import inference_batch, peak_memory_bytes, pick_precision
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import write_json
 from util.training.session import Session
+from util.transfer.encoder import Encoder, make_encoder
 
 CHUNK = 4096  # images per file
 _VERSION = 1  # of what this file does with the pictures
@@ -79,12 +81,17 @@ def cached_features(
         write_json(entry / "facts.json", facts)
     here.world.barrier()
     own = range(here.world.rank, len(chunks), here.world.size)
-    todo = [number for number in own if _read(files[number]) is None]
+    todo = {files[number]: chunks[number] for number in own if _read(files[number]) is None}
     here.run.say(f"features of {len(source)} {name}, view {view}: " + ("computing" if todo else f"from {entry}"))
-    with here.run.progress(total=sum(len(chunks[number]) for number in todo), unit="img", desc=name) as bar:
-        for number in todo:
-            part = _compute(here, model, precision, source, transform, view, chunks[number], bar)
-            write_atomically(files[number], lambda path, part=part: _write(path, part))
+    if todo:
+        images = sum(map(len, todo.values()))
+        encoder = make_encoder(here, model, precision, images)
+        with (
+            here.run.progress(total=images, unit="img", desc=name) as bar,
+            closing(_compute(here, encoder, source, transform, view, list(todo.values()), bar)) as parts,
+        ):
+            for file, part in zip(todo, parts, strict=True):
+                write_atomically(file, lambda path, part=part: _write(path, part))
     here.world.barrier()
     parts = [_read(file) for file in files]
     features = Features(
@@ -103,29 +110,39 @@ def cached_features(
     return features
 
 
-@torch.inference_mode()
-def _compute(here: Session, model, precision: str, source: Source, transform, view: int, rows: range, bar) -> dict:
-    args, started, parts, bad = here.args, time.perf_counter(), [], {}
-    for batch in in_order(
-        source, transform, rows=rows, view=view, seed=args.seed,
-        batch_size=args.batch_size, num_workers=args.num_workers, device=here.device,
-    ):  # fmt: skip
-        with autocast(here.device, precision):
-            part = model.embed(to_unit(batch["image"].to(here.device)))
-        part = part.float().cpu()
-        part[~readable(batch)] = torch.nan
-        parts.append(part)
-        bad |= {entry[0]: entry for entry in batch["bad"]}
-        bar.update(len(part))
-    synchronize(here.device)
-    own = [entry for row, entry in sorted(bad.items()) if row in rows]
-    seconds = time.perf_counter() - started
-    return {
-        "embeddings": torch.cat(parts).numpy(),
-        "bad": np.array(json.dumps(own)),
-        "seconds": np.array(seconds),
-        "peak": np.array(peak_memory_bytes(here.device)),
-    }
+def _compute(
+    here: Session, encoder: Encoder, source: Source, transform: Callable, view: int, chunks: list[range], bar
+) -> Iterator[dict]:
+    """The parts of all chunks, each as soon as it is known.
+
+    One loader serves them all, so that workers decode ahead while a chunk is written, and no batch is of two chunks.
+    Embeddings stay on the device until their chunk is whole: fetched batch by batch, each would be waited for.
+    """
+    size = inference_batch(here.args.batch_size, here.device)
+    batches = [[chunk[first : first + size] for first in range(0, len(chunk), size)] for chunk in chunks]
+    loader = in_batches(
+        source, transform, list(chain.from_iterable(batches)), view=view, seed=here.args.seed,
+        num_workers=here.args.num_workers, device=here.device,
+    )  # fmt: skip
+    started = time.perf_counter()
+    with closing(loader):
+        for chunk, parts in zip(chunks, batches, strict=True):
+            embeddings, good, bad = [], [], {}
+            for batch in islice(loader, len(parts)):
+                embeddings.append(encoder(batch["image"]))
+                good.append(readable(batch))
+                bad |= {entry[0]: entry for entry in batch["bad"]}
+                bar.update(len(batch["image"]))
+            rows = torch.cat(embeddings).cpu()
+            rows[~torch.cat(good)] = torch.nan
+            ended = time.perf_counter()
+            yield {
+                "embeddings": rows.numpy(),
+                "bad": np.array(json.dumps([entry for row, entry in sorted(bad.items()) if row in chunk])),
+                "seconds": np.array(ended - started),
+                "peak": np.array(peak_memory_bytes(here.device)),
+            }
+            started = ended
 
 
 def _write(path: Path, part: dict) -> None:

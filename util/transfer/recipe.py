@@ -13,12 +13,14 @@ from torch import nn
 
 from util.benchmark.identification import classification_scores
 from util.data.augment import EvalCrop, TrainCrop, TrainView, to_unit
+from util.data.augment_batch import pictures, placed
 from util.data.labels import Labelled
 from util.data.loader import TrainLoader, fitting, in_order, loader_options, readable
 from util.data.sources import Source
 from util.run import args as flags
 from util.run.device import autocast, pick_precision
 from util.run.errors import UserError
+from util.training.batch_size import settle_batch_size
 from util.training.checkpoint import read_checkpoint
 from util.training.optim import WarmupCosine, make_optimizer
 from util.training.session import Session, fit
@@ -28,10 +30,17 @@ BETAS = (0.9, 0.999)  # of fine-tuning and probing; pre-training has 0.95
 
 
 def add_transfer_args(
-    parser: flags.Parser, *, model_names: str, batch_size: int, heads=HEADS, color_jitter: float = 0.0, **optim
+    parser: flags.Parser,
+    *,
+    model_names: str,
+    batch_size: int,
+    auto_batch: bool = True,
+    heads=HEADS,
+    color_jitter: float = 0.0,
+    **optim,
 ) -> None:
     """The flags of every transfer script. heads: those it offers. optim: its defaults for `add_optim_args`."""
-    flags.add_data_args(parser, batch_size=batch_size, streams=False)
+    flags.add_data_args(parser, batch_size=batch_size, streams=False, auto_batch=auto_batch)
     flags.add_optim_args(parser, **optim)
     flags.add_runtime_args(parser)
     group = parser.add_argument_group("transfer")
@@ -60,11 +69,18 @@ def add_transfer_args(
         default=color_jitter,
         help="change of brightness, contrast and saturation, fraction in 0..1",
     )
+    group.add_argument(
+        "--blur",
+        type=flags.fraction,
+        default=0.0,
+        help="share of images that are blurred, by a deviation of 0.1 to 2 px, fraction in 0..1",
+    )
 
 
 def add_training_args(parser: flags.Parser, *, head_lr: float, mixes: bool) -> None:
     """The flags of the scripts that train through the network. mixes: offer mixup and its kind."""
     group = parser.add_argument_group("head and regularization")
+    flags.add_augment_arg(group)
     group.add_argument("--head_lr", type=flags.positive, default=head_lr, help="learning rate of the head, absolute")
     group.add_argument("--scale", type=flags.positive, default=None, help="of margin heads; default: 64")
     group.add_argument(
@@ -85,20 +101,20 @@ def add_training_args(parser: flags.Parser, *, head_lr: float, mixes: bool) -> N
 def train_view(args: argparse.Namespace) -> TrainView:
     """The augmentation that the flags describe."""
     crop = TrainCrop(flags.height_width(args.input_size), scale=(args.min_crop, 1.0))
-    return TrainView(crop, args.color_jitter, getattr(args, "reprob", 0.0))
+    return TrainView(crop, jitter=args.color_jitter, erase=getattr(args, "reprob", 0.0), blur=args.blur)
 
 
 def classification_step(args: argparse.Namespace, head: nn.Module, classes: int) -> Callable:
     """step_fn of a backbone with a head: cross-entropy over the classes."""
     mix = _mixer(args, classes)
-    takes_labels = isinstance(head, MarginHead)
+    view, takes_labels = train_view(args), isinstance(head, MarginHead)
     if args.margin_warmup and not takes_labels:
         raise UserError(f"--head {args.head} has no margin: leave out --margin_warmup")
     if mix and takes_labels:
         raise UserError(f"--head {args.head} needs one true class per image: leave out --mixup and --cutmix")
 
     def step(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-        images, target = to_unit(batch["image"]), batch["label"]
+        images, target = pictures(batch, view), batch["label"]
         set_margin_progress(head, batch["epoch"], args.margin_warmup)
         if mix:
             images, target = mix(images, target)
@@ -168,18 +184,21 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
     """
     args, device = here.args, here.device
     model = model.to(device)
+    step = classification_step(args, model.head, len(task.classes))
+    settle_batch_size(args, here, model, step, lambda: len(task.train))
     options = loader_options(args, here.world, device)
     options["batch_size"] = fitting(args.batch_size, args.accum_iter, len(task.train), here.world)
     if options["batch_size"] < args.batch_size:
         here.run.say(f"batches of {options['batch_size']}: there are only {len(task.train)} training images")
-    loader = TrainLoader(task.train, train_view(args), classes=task.numbers, **options)
+    view = placed(train_view(args), args.augment_on, task.train, device)
+    loader = TrainLoader(task.train, view, classes=task.numbers, **options)
     lr = base_rate(args, loader.step_images)
     parts["notes"] = {"classes": list(task.classes), **parts.get("notes", {})}
     results = fit(
         here,
         f"{args.model}, {args.head} head for {len(task.classes)} identities, lr {lr:.3g},",
         model=model,
-        step_fn=classification_step(args, model.head, len(task.classes)),
+        step_fn=step,
         loader=loader,
         optimizer=make_optimizer(groups(lr), lr, device, BETAS),
         schedule=cosine(args, lr, loader.steps),

@@ -77,7 +77,8 @@ class Subject:
     def looks(self, split: Split) -> np.ndarray:
         """Colour signatures (N, S) of a split's pictures, the same for every subject; zeros for a damaged picture."""
         source = Subset(self.pictures(split.name), split.rows)
-        here = replace(self.here, args=argparse.Namespace(**{**vars(self.here.args), "model": "colours"}))
+        args = argparse.Namespace(**{**vars(self.here.args), "model": "colours", "compile": "off"})
+        here = replace(self.here, args=args)
         crop = EvalCrop((LOOKS_SIZE, LOOKS_SIZE))
         features = cached_features(
             here, self.folder, Colours(), "colours", source, crop, name=f"{split.name} images, for their colours"

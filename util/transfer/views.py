@@ -8,14 +8,14 @@ import numpy as np
 from util.benchmark.bootstrap import mean_interval
 from util.benchmark.embedded import Bench, Split
 from util.benchmark.errors import Evidence, colour_evidence, find_neighbours, list_errors, tag_probes, taxonomy_table
-from util.benchmark.protocols import Namer, Outcome, Skipped, decide, known_probes, methods
-from util.benchmark.speed import crop_size_summary, measure_speed
+from util.benchmark.protocols import Outcome, Skipped, decide, known_probes, methods
+from util.benchmark.speed import crop_size_summary
 from util.benchmark.stress import strata_report, stress_report
 from util.data.images import BadImage
 from util.data.sources import Source
 from util.data.stress import STRESSES, stress_view
-from util.run.device import pick_precision
 from util.run.errors import UserError
+from util.transfer.cascade import speed_at, stage_at, try_cascade
 from util.transfer.subject import ModelSubject, Subject
 
 STRATA = ("style", "pose", "occlusion", "expression")
@@ -61,11 +61,18 @@ def stress(bench: Bench, subject: Subject, names: Sequence[str] | None) -> Outco
     return Outcome({**blocks, "clean": clean, "method": method, "probes": len(probes), "excluded": excluded})
 
 
-def resolution(bench: Bench, subject: Subject, sizes: Sequence[int] | None) -> Outcome:
+def resolution(
+    bench: Bench,
+    subject: Subject,
+    sizes: Sequence[int] | None,
+    *,
+    cascade: Sequence[int] | None = None,
+    most_lost: float = 0.0,
+) -> Outcome:
     """The same weights on larger pictures: accuracy, speed, cost; and how large the pictures were to begin with.
 
     sizes: sides of square inputs, px; None: 1, 1.5 and 2 times that of training (224, 336 and 448 for a model of 224).
-    Gallery and probes are shown at the same size.
+    Gallery and probes are shown at the same size. cascade, most_lost: see `try_cascade`; an empty one is left out.
     """
     if not isinstance(subject, ModelSubject):
         raise Skipped("embeddings alone: there is no network to run")
@@ -81,6 +88,8 @@ def resolution(bench: Bench, subject: Subject, sizes: Sequence[int] | None) -> O
             results[str(side)] = {"skipped": str(error)}
     if not results:
         raise Skipped(f"the model takes {height} x {width} px: name square sizes with --resolutions")
+    if cascade is None or len(cascade):
+        results["cascade"] = try_cascade(bench, subject, cascade, most_lost, results, SPEED_SECONDS)
     sides = face_sizes(subject.pictures(probes.name), probes.rows)
     return Outcome(
         {**results, "method": methods(bench)[0], "excluded": excluded, "source_crops": crop_size_summary(sides)},
@@ -89,31 +98,10 @@ def resolution(bench: Bench, subject: Subject, sizes: Sequence[int] | None) -> O
 
 
 def _at_size(bench: Bench, subject: ModelSubject, probes: Split, gallery: Split, size: tuple[int, int]) -> dict:
-    ranked = _ranked_at_size(bench, subject, probes, gallery, size)
-    correct = ranked[:, 0] == probes.labels(bench.classes)
-    device = subject.model.pixel_mean.device
-    speed = measure_speed(
-        subject.model, size, device, pick_precision(subject.here.args.precision, device), seconds=SPEED_SECONDS
-    )
+    stage = stage_at(bench, subject, gallery, size)
+    correct = stage.namer(stage.see(probes))[:, 0] == probes.labels(bench.classes)
     interval = mean_interval(correct, probes.codes(), replicates=bench.replicates, seed=bench.seed)
-    return {"top1": float(correct.mean()), "top1_ci95": interval, **speed}
-
-
-def _ranked_at_size(
-    bench: Bench, subject: ModelSubject, probes: Split, gallery: Split, size: tuple[int, int]
-) -> np.ndarray:
-    """Class numbers (N, 5) for the probes, shown at a size; so is the gallery where its pictures decide."""
-    method, label = methods(bench)[0], f"at {size[0]} px"
-    if size == subject.size:
-        return decide(bench, method)[1]
-    if subject.model.fixed_size:
-        raise UserError(f"{subject.name} takes {subject.size[0]} x {subject.size[1]} px only")
-    subject.model.check_size(size)
-    probes = subject.again(probes, f"probes {label}", size=size)
-    if method == "centroid":
-        gallery = subject.again(gallery, f"gallery {label}", size=size)
-        gallery = gallery.take(gallery.norms > 0)
-    return Namer(bench, method, gallery)(probes)
+    return {"top1": float(correct.mean()), "top1_ci95": interval, **speed_at(subject, size, SPEED_SECONDS)}
 
 
 def face_sizes(source: Source, rows: np.ndarray, every: bool = False) -> np.ndarray:

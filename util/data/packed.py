@@ -1,0 +1,229 @@
+"""Packed data: a data set decoded once, as canvases of one size in one file that is memory-mapped.
+
+    0         header: magic, length and checksum of a JSON object, and the object (`Header`)
+    65,536    pixels, uint8 (N, C, C, 3)
+    then      sections, each at a multiple of 65,536 bytes: "samples" (the manifest, an Arrow IPC file),
+              "chunks" (checksums of the pixels), "maps/NAME" (uint8 (N, 32, 32)), "protocols/NAME" (Parquet)
+
+65,536 is a multiple of every page size in use. Nothing is read before it is asked for, and processes that read the
+same file share one copy in memory. `python -m util.data.pack` writes such files.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from util.data.images import BadImage
+from util.data.manifest import COLUMNS, SCHEMA
+from util.run.errors import UserError
+
+ALIGNMENT = 65_536
+MAP_CELLS = 32  # cells of a semantic map on a side
+SAMPLES, CHUNKS = "samples", "chunks"  # names of sections
+# What is stored of a sample beside the manifest: the name whose hash decides between train and val; why it has no
+# pixels, or null; the part of the picture that the canvas shows and the size of that picture, px.
+PACKED_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("split_key", pa.string(), nullable=False),
+        pa.field("bad", pa.string()),
+        pa.field("region", pa.list_(pa.int32())),
+        pa.field("picture_size", pa.list_(pa.int32())),
+    ]
+)
+_MAGIC = b"AniMask packed\n\x00"
+_DIGEST_BYTES = 16
+_JSON_AT = len(_MAGIC) + 8 + _DIGEST_BYTES
+
+
+def checksum(data) -> bytes:
+    """16 bytes that change with the data (anything that has a buffer)."""
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
+def end_of_pixels(samples: int, canvas: int) -> int:
+    """Where the pixels of `samples` canvases of side `canvas` (px) end in the file, bytes."""
+    return ALIGNMENT + samples * 3 * canvas**2
+
+
+def aligned(offset: int) -> int:
+    """The next multiple of ALIGNMENT, bytes."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a packed file says of itself.
+
+    samples: N. canvas: C, px. chunk: canvases that share a checksum. size: of the file, bytes. plan: what it was made
+    from and with which flags (`util.data.pack`). sections: name -> (offset, bytes, checksum in hex).
+    """
+
+    samples: int
+    canvas: int
+    chunk: int
+    size: int
+    plan: dict
+    sections: dict[str, tuple[int, int, str]]
+
+    def to_bytes(self) -> bytes:
+        """The first block of the file."""
+        text = json.dumps(asdict(self), sort_keys=True).encode()
+        if _JSON_AT + len(text) > ALIGNMENT:
+            raise UserError(f"{len(self.sections)} maps and protocols are too many for a packed file: leave some out")
+        return (_MAGIC + len(text).to_bytes(8, "little") + checksum(text) + text).ljust(ALIGNMENT, b"\0")
+
+    @classmethod
+    def read(cls, path: Path) -> "Header":
+        """That of a file. Raises UserError where it is no packed file, half-written, truncated or damaged."""
+        with open(path, "rb") as file:
+            block = file.read(ALIGNMENT)
+            size = os.fstat(file.fileno()).st_size
+        if block and not block.strip(b"\0"):
+            raise UserError(f"{path} is half-written: run the command that packs it again, it goes on where it was")
+        if not block.startswith(_MAGIC):
+            raise UserError(
+                f"{path} is a file, and not of a kind that can be read: give a folder, hf:OWNER/NAME, or a file of "
+                "python -m util.data.pack"
+            )
+        length = int.from_bytes(block[len(_MAGIC) : len(_MAGIC) + 8], "little")
+        text = block[_JSON_AT : _JSON_AT + length]
+        if len(text) < length or checksum(text) != block[len(_MAGIC) + 8 : _JSON_AT]:
+            raise UserError(f"{path} is damaged in its header: copy or pack it again")
+        header = cls(**json.loads(text))
+        if size != header.size:
+            raise UserError(f"{path} has {size} bytes of {header.size}: copy or pack it again")
+        return header
+
+
+class PackedFile:
+    """A packed file, memory-mapped read-only. Raises UserError where it is not whole."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.header = Header.read(self.path)
+        with open(self.path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        shape = (self.header.samples, self.header.canvas, self.header.canvas, 3)
+        self.pixels = np.ndarray(shape, np.uint8, self._map, ALIGNMENT)
+        self._data = pa.py_buffer(self._map)
+        self.table = pa.ipc.open_file(self.section(SAMPLES)).read_all()
+        # not from where and when it was packed: a copy of the data gives the same
+        sums = "".join(self.header.sections[name][2] for name in (SAMPLES, CHUNKS))
+        self.fingerprint = hashlib.blake2b(sums.encode(), digest_size=8).hexdigest()
+
+    def section(self, name: str) -> pa.Buffer:
+        """The bytes of a section, not copied. Raises KeyError."""
+        offset, length, _ = self.header.sections[name]
+        return self._data.slice(offset, length)
+
+    def names(self, folder: str) -> list[str]:
+        """The NAMEs of the sections "folder/NAME"."""
+        return [name.split("/", 1)[1] for name in self.header.sections if name.startswith(f"{folder}/")]
+
+    def semantic_map(self, name: str) -> np.ndarray:
+        """A map as the canvases show it, uint8 (N, 32, 32), not copied. Raises KeyError."""
+        return np.frombuffer(self.section(f"maps/{name}"), np.uint8).reshape(-1, MAP_CELLS, MAP_CELLS)
+
+    def damage(self) -> Iterator[str | None]:
+        """Checks every chunk of canvases and every section: None for one that is whole, else what it is, in words."""
+        expected = bytes(self.section(CHUNKS)) if self._is_whole(CHUNKS) else b""
+        for number, first in enumerate(range(0, self.header.samples, self.header.chunk)):
+            found = checksum(self.pixels[first : first + self.header.chunk])
+            last = min(first + self.header.chunk, self.header.samples) - 1
+            is_whole = found == expected[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+            yield None if is_whole else f"chunk {number} (canvases {first} to {last})"
+        for name in self.header.sections:
+            yield None if self._is_whole(name) else f"section {name!r}"
+
+    def _is_whole(self, name: str) -> bool:
+        return checksum(self.section(name)).hex() == self.header.sections[name][2]
+
+
+class Row(Mapping):
+    """A record that reads a cell when it is asked for: most transforms need none of the twelve."""
+
+    __slots__ = ("_columns", "_i")
+
+    def __init__(self, columns: Mapping[str, pa.Array], i: int):
+        self._columns, self._i = columns, i
+
+    def __getitem__(self, name: str):
+        return self._columns[name][self._i].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+class PackedSource:
+    """Samples of a packed file, as a Source (`util.data.sources`) that also shows its canvases where they lie.
+
+    rows: (n,) their numbers in the file; default: all. labelled: False hides the identities. Sent to another process,
+    it opens the file there. picture_size: (width, height) of every picture, px.
+    """
+
+    def __init__(self, name: str, file: PackedFile, rows: np.ndarray | None = None, labelled: bool = True):
+        self.name, self.file, self.labelled = name, file, labelled
+        self.rows = np.arange(file.header.samples) if rows is None else rows
+        self.picture_size = (file.header.canvas, file.header.canvas)
+        self._columns = {column: file.table.column(column).combine_chunks() for column in COLUMNS}
+        if not labelled:
+            self._columns["identity"] = pa.nulls(len(file.table), pa.string())
+        bad = file.table.column("bad").combine_chunks()
+        self._bad = {row: bad[row].as_py() for row in np.flatnonzero(bad.is_valid()).tolist()}
+        described = f"{file.fingerprint} {labelled}".encode() + self.rows.astype("<i8").tobytes()
+        self.fingerprint = hashlib.blake2b(described, digest_size=8).hexdigest()
+
+    def __reduce__(self):
+        return _reopened, (self.name, str(self.file.path), self.file.fingerprint, self.rows, self.labelled)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, i: int) -> Row:
+        """What is known of sample `i`; boxes in px of its canvas."""
+        return Row(self._columns, int(self.rows[i]))
+
+    def column(self, name: str) -> list:
+        """One column of the manifest, in row order; boxes in px of the canvases."""
+        return self.array(name).to_pylist()
+
+    def array(self, name: str) -> pa.Array:
+        """The same as an Arrow array."""
+        return self._columns[name].take(pa.array(self.rows))
+
+    def stamp(self) -> str:
+        """The fingerprint: the checksums of the pixels are in it."""
+        return self.file.fingerprint
+
+    def view(self, i: int) -> np.ndarray:
+        """The canvas of sample `i` where it lies in the file: uint8 (C, C, 3), read-only.
+
+        Raises BadImage where the picture could not be decoded when it was packed.
+        """
+        row = int(self.rows[i])
+        if row in self._bad:
+            raise BadImage(self._columns["file_name"][row].as_py(), self._bad[row])
+        return self.file.pixels[row]
+
+    def load(self, i: int) -> Image.Image:
+        """A copy of the canvas, RGB. Raises BadImage as `view` does."""
+        return Image.fromarray(self.view(i))
+
+
+def _reopened(name: str, path: str, fingerprint: str, rows: np.ndarray, labelled: bool) -> PackedSource:
+    file = PackedFile(path)
+    if file.fingerprint != fingerprint:
+        raise UserError(f"{path} was replaced while it was read: start again")
+    return PackedSource(name, file, rows, labelled)
