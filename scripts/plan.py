@@ -6,8 +6,8 @@ python scripts/plan.py --device cpu --model vit_nano_patch8 --input_size 64 --va
 
 Operations are counted by formula (util/benchmark/cost.py), memory by running the step on tensors without contents
 (util/training/memory.py), so neither needs the device. Time is operations / (rate x efficiency), plus the optimizer's
-traffic; the rate is the maker's, or on this machine's own device measured. Expect 1.5 times either way for a device of
-the table; that the images arrive in time is assumed, and said in images/s.
+traffic; rate and efficiency are those of a table, or on this machine's own device measured. Expect 1.5 times either way
+for a device of the table; that the images arrive in time is assumed, and said in images/s.
 """
 
 import sys
@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models_mae import MAE_MODELS, build_mae
-from models_vit import VIT_MODELS, build_vit
+from models_vit import VIT_MODELS, Block, build_vit
 from util.benchmark import cost
 from util.benchmark.devices import RUNTIME_BYTES, Device, measure_device, named_device
 from util.mae.masking import visible_count
@@ -38,7 +38,7 @@ from util.transfer.lora import LoRAConfig, add_lora
 GOALS = ("probe", "lora", "finetune", "pretrain")
 EPOCHS = {"probe": 50, "lora": 50, "finetune": 50, "pretrain": 400}  # the defaults of the scripts
 BATCH = {"probe": 256, "lora": 64, "finetune": 64, "pretrain": 64}
-PROBE_VIEWS, PROBE_RATES = 2, 5  # defaults of main_linprobe.py
+PROBE_VIEWS = 2  # the default of main_linprobe.py
 # bytes that fused AdamW and the gradient norm move per trained parameter and step: weight, gradient and two moments
 # read, the first and the last two written, the gradient read once more
 OPTIMIZER_BYTES = 32
@@ -180,7 +180,9 @@ def advice(plan: Plan, device: Device, args) -> str:
     said = f"{plan.goal}: {plan.batch} images need {_gb(plan.memory)}, {device.name} has {_gb(device.memory)}: "
     remedies = []
     if plan.largest:
-        times = -(-plan.batch // plan.largest)
+        fewest = -(-plan.batch // plan.largest)
+        # a number that divides the batch, so that the effective one stays
+        times = next((n for n in range(fewest, 2 * fewest) if plan.batch % n == 0), fewest)
         share = f"--batch_size {-(-plan.batch // times)}"
         remedies.append(share if plan.goal == "probe" else f"{share} --accum_iter {times * args.accum_iter}")
     if plan.goal != "probe" and not args.grad_checkpoint:
@@ -213,10 +215,11 @@ def table(plans: list[Plan], device: Device, args) -> str:
     ]
     for plan in plans:
         epoch = "" if plan.goal == "probe" else _duration(plan.seconds_per_epoch)
-        rows.append(
-            f"| {plan.goal} | {plan.epochs} | {plan.flops / 1e9:.3g} | {plan.images_per_s:.3g} | {epoch} | "
-            f"{_duration(plan.seconds)} | {plan.batch} | {_gb(plan.memory)} | {plan.largest} | {_gb(plan.checkpoints)} |"
-        )
+        cells = (
+            plan.goal, plan.epochs, f"{plan.flops / 1e9:.3g}", f"{plan.images_per_s:,.3g}", epoch,
+            _duration(plan.seconds), plan.batch, _gb(plan.memory), plan.largest, _gb(plan.checkpoints),
+        )  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     if any(plan.goal == "probe" for plan in plans):
         rows += ["", f"probe: {PROBE_VIEWS} passes of the encoder; its epochs run on kept embeddings and cost seconds"]
     packed = 3 * CANVAS**2
@@ -246,12 +249,22 @@ def get_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
+def this_device(args, device: torch.device) -> Device:
+    """This machine's device, measured on a block of the network."""
+    shape = cost.Shape.of(VIT_MODELS[args.model].keywords)
+    height, width = flags.height_width(args.input_size)
+    tokens, images = 1 + (height // shape.patch) * (width // shape.patch), 32 if device.type == "cuda" else 4
+    block = Block(shape.dim, VIT_MODELS[args.model].keywords["num_heads"]).to(device)
+    x = torch.randn(images, tokens, shape.dim, device=device, requires_grad=True)
+    return measure_device(device, block, x, 3 * images * cost.block(tokens, shape.dim))
+
+
 def device_of(args) -> Device:
     """The device that is planned for."""
     if args.device in ("cpu", "auto", "cuda", "mps"):
-        return measure_device(pick_device(args.device))
+        return this_device(args, pick_device(args.device))
     if args.measure or args.validate:
-        measured, named = measure_device(pick_device("auto")), named_device(args.device)
+        measured, named = this_device(args, pick_device("auto")), named_device(args.device)
         if measured.kind != named.kind:
             raise UserError(f"--measure needs the device itself: {named.name} is not here, only {measured.name}")
         return measured

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_pack.py
 
 import io
 import json
+import mmap
 import os
 import pickle
 import signal
@@ -364,13 +365,15 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(many, whole, tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "p.bad_images.jsonl"]
 
 
-def test_a_packing_killed_before_it_got_its_name_is_finished(many, whole, tmp_path, monkeypatch):
+def test_a_packing_killed_before_it_got_its_name_is_finished(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_journal.os, "replace", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
-        packed(many, tmp_path / "p", "--max_bad", 0.1)
+        packed(shapes, tmp_path / "p")
     monkeypatch.undo()
     monkeypatch.setattr(pack.Canvases, "__getitem__", lambda *_: pytest.fail("decoded again"))
-    assert packed(many, tmp_path / "p", "--max_bad", 0.1).read_bytes() == whole
+    finished = packed(shapes, tmp_path / "p").read_bytes()
+    monkeypatch.undo()
+    assert finished == packed(shapes, tmp_path / "q").read_bytes()
 
 
 def test_a_finished_packing_is_left_alone_until_something_changes(shapes, tmp_path, capsys):
@@ -496,6 +499,33 @@ def test_a_view_is_the_file_itself_and_is_sent_small(many, whole, tmp_path):
     (tmp_path / "p").write_bytes(whole[:ALIGNMENT])
     with pytest.raises(UserError, match="bytes of"):
         pickle.loads(sent)
+
+
+def test_canvases_are_the_same_where_memory_is_short(many, whole, tmp_path, monkeypatch):
+    (tmp_path / "p").write_bytes(whole)
+    plain = open_source(tmp_path / "p", "train", val_fraction=0.0)
+    monkeypatch.setattr("util.data.packed.free_memory_bytes", lambda device: 1000)
+    asked = []
+    monkeypatch.setattr("util.data.packed.mmap.mmap", recording(mmap.mmap, asked))
+    short = open_source(tmp_path / "p", "train", val_fraction=0.0)
+    for i in (0, 3, 299):  # 1,728 bytes each: they begin anywhere in a page
+        assert np.array_equal(short.view(i), plain.view(i))
+        start, length = asked[-1]
+        assert (
+            start % mmap.PAGESIZE == 0 and start <= ALIGNMENT + i * 1728 < ALIGNMENT + (i + 1) * 1728 == start + length
+        )
+    assert len(asked) == 3
+
+
+def recording(kind, asked: list):
+    """A memory map that notes which part is asked for ahead."""
+
+    class Map(kind):
+        def madvise(self, option, start, length):
+            asked.append((start, length))
+            return super().madvise(option, start, length)
+
+    return Map
 
 
 def test_fingerprints_tell_roles_and_content_apart_but_not_copies(shapes, tmp_path):

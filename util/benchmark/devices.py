@@ -1,26 +1,28 @@
 """What devices can do on paper: peaks as their makers publish them, and the share that training makes of them."""
 
+import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from util.benchmark.speed import matmul_rate
-from util.run.device import describe_device, free_memory_bytes, pick_precision
+from util.run.device import autocast, describe_device, free_memory_bytes, pick_precision, synchronize
 from util.run.errors import UserError
 
 GIB = 2**30
-# of the rate of square matrix products that is measured on the device itself. On the CPU found by `plan.py --validate`
-# (RESULTS.md); on the others an assumption.
-OF_MATMUL = {"cpu": 0.7, "cuda": 0.5, "mps": 0.5}
 # what a process holds before the model: the CUDA context and its libraries, or Python with torch; about
-RUNTIME_BYTES = {"cuda": 0.6e9, "mps": 0.6e9, "cpu": 0.6e9}
+RUNTIME_BYTES = {"cuda": 0.6e9, "mps": 0.7e9, "cpu": 0.7e9}
+# of the pace of a single block a training run keeps: the rest goes into embedding, losses, update and reading
+OF_BLOCK = 0.9
 
 
 @dataclass(frozen=True)
 class Device:
-    """kind: cuda, mps or cpu. rate: peak of dense matrix products in `precision`, FLOP/s; bandwidth: of its memory, B/s.
+    """kind: cuda, mps or cpu. rate: peak of dense matrix products in `precision`, FLOP/s.
 
-    efficiency: the share of `rate` that a training step keeps, 0..1. memory: bytes. measured: whether rate is.
+    memory: bytes. bandwidth: of that memory, bytes/s. efficiency: the share of `rate` that a training step keeps, 0..1.
+    measured: whether rate and efficiency are of this machine.
     """
 
     name: str
@@ -77,23 +79,37 @@ def named_device(name: str) -> Device:
     raise UserError(f"--device {name} is not in the table: give cpu, auto, or one of {known}")
 
 
-def measure_device(device: torch.device) -> Device:
-    """This machine's own, its rate measured in some seconds."""
+def measure_device(device: torch.device, block: nn.Module, tokens: torch.Tensor, flops: int) -> Device:
+    """This machine's own: its rate and what training makes of it, measured in some seconds.
+
+    block: of the network to be planned, with an input (N, T, D) that requires a gradient, both on the device. flops:
+    of a forward and backward pass.
+    """
     precision, kind = pick_precision("auto", device), device.type
     rate = matmul_rate(device, precision, sides=(1024, 2048) if kind == "cpu" else (2048, 4096))
     listed = find_device(describe_device(device))
     bandwidth = listed.bandwidth if listed else _copy_rate(device)
+    efficiency = OF_BLOCK * flops / _seconds_of(block, tokens, device, precision) / rate
     return Device(
-        describe_device(device), kind, precision, rate, free_memory_bytes(device), bandwidth, OF_MATMUL[kind], True
+        describe_device(device), kind, precision, rate, free_memory_bytes(device), bandwidth, min(1.0, efficiency), True
     )
+
+
+def _seconds_of(block: nn.Module, tokens: torch.Tensor, device: torch.device, precision: str) -> float:
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        with autocast(device, precision):
+            out = block(tokens)
+        out.sum().backward()
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def _copy_rate(device: torch.device) -> float:
     """Bytes per second that a copy reads and writes: the best of some."""
-    import time
-
-    from util.run.device import synchronize
-
     source, best = torch.ones(1 << 25, device=device), 0.0
     target = torch.empty_like(source)
     for _ in range(4):

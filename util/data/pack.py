@@ -100,23 +100,35 @@ class Canvases(Dataset):
 
     def __init__(self, source: Source, path: Path, canvas: int, crop: str, face_padding: float | None):
         self.source, self.path, self.canvas, self.crop, self.face_padding = source, path, canvas, crop, face_padding
+        self._fd: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.source) // CHUNK)
 
     def __getitem__(self, chunk: int) -> dict:
+        if self._fd is None:
+            # once, and before anything is decoded: a worker that outlives its packing for some seconds must not find
+            # the file of another one under this name
+            self._fd = os.open(self.path, os.O_WRONLY)
         first = chunk * CHUNK
         pixels = np.zeros((min(CHUNK, len(self.source) - first), self.canvas, self.canvas, 3), np.uint8)
         rows = [self._fill(pixels[i], first + i) for i in range(len(pixels))]
         try:
-            with open(self.path, "rb+") as file:
-                file.seek(ALIGNMENT + first * pixels[0].nbytes)
-                file.write(pixels)
-                file.flush()
-                os.fsync(file.fileno())  # before the journal says that they are there
+            self._write(memoryview(pixels).cast("B"), ALIGNMENT + first * pixels[0].nbytes)
         except OSError as error:
             raise _write_error(self.path, error) from error
         return {"chunk": chunk, "checksum": checksum(pixels).hex(), "rows": rows}
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+        os.fsync(self._fd)  # before the journal says that they are there
+
+    def close(self) -> None:
+        """Close the file, where this process has opened it."""
+        if self._fd is not None:
+            os.close(self._fd)
 
     def _fill(self, pixels: np.ndarray, i: int) -> list[int] | str:
         try:
@@ -143,6 +155,7 @@ def write_canvases(canvases: Canvases, journal: Journal, num_workers: int, max_b
                 _stop_if_bad(journal, canvases.source, most, max_bad)
     finally:
         end_workers(loaded)
+        canvases.close()
 
 
 def _as_it_is(value):

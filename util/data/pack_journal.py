@@ -66,6 +66,7 @@ class Journal:
         if not lines or changed or not self.part.exists():
             self._file.truncate(0)
             lines = []
+            self.part.unlink(missing_ok=True)  # what is left of an earlier packing may still be written to for a moment
             with open(self.part, "wb") as part:
                 part.truncate(self.end_of_pixels)
             self._write(self.plan)

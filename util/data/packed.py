@@ -19,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from util.data.images import BadImage
 from util.data.manifest import COLUMNS, SCHEMA
+from util.run.device import free_memory_bytes
 from util.run.errors import UserError
 
 ALIGNMENT = 65_536
@@ -112,6 +114,8 @@ class PackedFile:
         self.header = Header.read(self.path)
         with open(self.path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # more than the page cache can hold: each canvas is read from the disk, and is better asked for as a whole
+        self._asks_ahead = hasattr(mmap, "MADV_WILLNEED") and self.header.size > free_memory_bytes(torch.device("cpu"))
         shape = (self.header.samples, self.header.canvas, self.header.canvas, 3)
         self.pixels = np.ndarray(shape, np.uint8, self._map, ALIGNMENT)
         self._data = pa.py_buffer(self._map)
@@ -119,6 +123,15 @@ class PackedFile:
         # not from where and when it was packed: a copy of the data gives the same
         sums = "".join(self.header.sections[name][2] for name in (SAMPLES, CHUNKS))
         self.fingerprint = hashlib.blake2b(sums.encode(), digest_size=8).hexdigest()
+
+    def canvas(self, row: int) -> np.ndarray:
+        """Canvas `row` where it lies in the file: uint8 (C, C, 3), read-only."""
+        pixels = self.pixels[row]
+        if self._asks_ahead:
+            offset = ALIGNMENT + row * pixels.nbytes
+            start = offset - offset % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, offset + pixels.nbytes - start)
+        return pixels
 
     def section(self, name: str) -> pa.Buffer:
         """The bytes of a section, not copied. Raises KeyError."""
@@ -215,7 +228,7 @@ class PackedSource:
         row = int(self.rows[i])
         if row in self._bad:
             raise BadImage(self._columns["file_name"][row].as_py(), self._bad[row])
-        return self.file.pixels[row]
+        return self.file.canvas(row)
 
     def load(self, i: int) -> Image.Image:
         """A copy of the canvas, RGB. Raises BadImage as `view` does."""

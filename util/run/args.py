@@ -91,7 +91,7 @@ def add_data_args(
         "--data_path",
         required=True,
         metavar="DIR",
-        help="prepared folder, class folders, folder of images, or hf:OWNER/NAME[:SPLIT]",
+        help="prepared folder, class folders, folder of images, packed file, or hf:OWNER/NAME[:SPLIT]",
     )
     group.add_argument(
         "--labels",
