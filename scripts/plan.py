@@ -107,7 +107,7 @@ def training_pass(goal: str, model: nn.Module, device: Device, args) -> Callable
 
 
 def step_memory(goal: str, device: Device, args, recompute: bool) -> tuple[StepMemory, int]:
-    """Memory of a step beside what is kept between steps, and the bytes that are kept: weights and two moments."""
+    """Memory of a step beside what is kept between steps, and the bytes of that: libraries, weights, two moments."""
     with FakeTensorMode():
         model = build(goal, args)
         if recompute and goal != "probe":
@@ -115,7 +115,14 @@ def step_memory(goal: str, device: Device, args, recompute: bool) -> tuple[StepM
         memory = measure_step(training_pass(goal, model, device, args))
         kept = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
         kept += 2 * sum(value.nbytes for value in model.parameters() if value.requires_grad)
-    return memory, kept
+    return memory, kept + int(RUNTIME_BYTES[device.kind])
+
+
+def most_images(memory: StepMemory, kept: int, device: Device) -> int:
+    """The largest batch that fits, as --batch_size auto would choose it; 0 if not one image does."""
+    room = int(SHARE * device.memory) - kept
+    most = memory.largest(room) if room > 0 else 0
+    return most // MULTIPLE * MULTIPLE or most
 
 
 def flops_per_image(goal: str, args) -> int:
@@ -157,9 +164,7 @@ def make_plan(goal: str, device: Device, args) -> Plan:
     optimizer = 0.0 if goal == "probe" else trained * OPTIMIZER_BYTES / device.bandwidth / (batch * args.accum_iter)
     per_image = flops / (device.rate * device.efficiency) + optimizer
     memory, kept = step_memory(goal, device, args, args.grad_checkpoint)
-    kept += int(RUNTIME_BYTES[device.kind])
-    room = int(SHARE * device.memory) - kept
-    largest = memory.largest(room) if room > 0 else 0
+    largest = most_images(memory, kept, device)
     # the last checkpoint holds both moments beside what is saved, the best one does not; pre-training saves all weights
     saved = trained if goal in ("lora", "probe") else parameters
     plan = Plan(
@@ -169,7 +174,7 @@ def make_plan(goal: str, device: Device, args) -> Plan:
         seconds=per_image * args.images * passes,
         memory=kept + memory.peak(batch),
         image_memory=int(memory.per_image.max()),
-        largest=largest // MULTIPLE * MULTIPLE or largest,
+        largest=largest,
         checkpoints=4 * (2 * saved + 2 * trained),
     )  # fmt: skip
     return plan if batch <= largest else replace(plan, advice=advice(plan, device, args))
@@ -187,13 +192,19 @@ def advice(plan: Plan, device: Device, args) -> str:
         remedies.append(share if plan.goal == "probe" else f"{share} --accum_iter {times * args.accum_iter}")
     if plan.goal != "probe" and not args.grad_checkpoint:
         memory, kept = step_memory(plan.goal, device, args, recompute=True)
-        needed = kept + int(RUNTIME_BYTES[device.kind]) + memory.peak(plan.batch)
-        remedies.append(f"--grad_checkpoint ({_gb(needed)}, about a third more time)")
+        if most := most_images(memory, kept, device):
+            smaller = "" if most >= plan.batch else f" --batch_size {most}"
+            needed = _gb(kept + memory.peak(min(most, plan.batch)))
+            remedies.append(f"--grad_checkpoint{smaller} ({needed}, about a third more time)")
     return said + (" or ".join(remedies) or "choose a smaller --model or --input_size")
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _pace(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -216,13 +227,14 @@ def table(plans: list[Plan], device: Device, args) -> str:
     for plan in plans:
         epoch = "" if plan.goal == "probe" else _duration(plan.seconds_per_epoch)
         cells = (
-            plan.goal, plan.epochs, f"{plan.flops / 1e9:.3g}", f"{plan.images_per_s:,.3g}", epoch,
+            plan.goal, plan.epochs, f"{plan.flops / 1e9:.3g}", _pace(plan.images_per_s), epoch,
             _duration(plan.seconds), plan.batch, _gb(plan.memory), plan.largest, _gb(plan.checkpoints),
         )  # fmt: skip
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     if any(plan.goal == "probe" for plan in plans):
         rows += ["", f"probe: {PROBE_VIEWS} passes of the encoder; its epochs run on kept embeddings and cost seconds"]
     packed = 3 * CANVAS**2
+    rows += [""]
     rows.append(f"disk for the data, packed at {CANVAS} px: {_gb(args.images * packed)} ({packed:,} bytes per image)")
     return "\n".join(rows + [f"does not fit: {plan.advice}" for plan in plans if plan.advice])
 
@@ -264,10 +276,10 @@ def device_of(args) -> Device:
     if args.device in ("cpu", "auto", "cuda", "mps"):
         return this_device(args, pick_device(args.device))
     if args.measure or args.validate:
-        measured, named = this_device(args, pick_device("auto")), named_device(args.device)
-        if measured.kind != named.kind:
-            raise UserError(f"--measure needs the device itself: {named.name} is not here, only {measured.name}")
-        return measured
+        here, named = pick_device("auto"), named_device(args.device)
+        if here.type != named.kind:
+            raise UserError(f"{named.name} is not here to be measured, only a {here.type}: leave out --measure")
+        return this_device(args, here)
     return named_device(args.device)
 
 

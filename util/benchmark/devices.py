@@ -1,5 +1,6 @@
 """What devices can do on paper: peaks as their makers publish them, and the share that training makes of them."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -62,13 +63,17 @@ TABLE = [
 
 def find_device(name: str) -> Device | None:
     """An entry of the table by a name as people, or drivers, write it: "h100", "NVIDIA GeForce RTX 4090"; or None."""
-    wanted = _letters(name)
-    inside = [device for device in TABLE if _letters(device.name) in wanted]
+    words = _words(name)
+    inside = [
+        device
+        for device in TABLE
+        if set(_words(device.name)) <= set(words) or "".join(_words(device.name)) == "".join(words)
+    ]
     return max(inside, key=lambda device: len(device.name), default=None)
 
 
-def _letters(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z0-9]+", name.lower())
 
 
 def named_device(name: str) -> Device:

@@ -69,7 +69,9 @@ def in_part(keys: Iterable[str], part: str, val_fraction: float) -> np.ndarray:
     """Which rows belong to `part`: (N,) bool. keys: a name for each row; rows of one name stay together."""
     if part == "all":
         return np.ones(sum(1 for _ in keys), dtype=bool)
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest() for key in keys)
+    digests = bytearray()
+    for key in keys:
+        digests += hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()
     held_out = np.frombuffer(digests, "<u8") / 2.0 ** (8 * _DIGEST_BYTES) < val_fraction
     return held_out if part == "val" else ~held_out
 
