@@ -70,6 +70,24 @@ def test_several_processes_resume_exactly(images, run_script, tmp_path, processe
     assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--decoder", "cross", "--predict_ratio", 0.5],
+        ["--predict_ratio", 0.5, "--fill", "--grad_checkpoint", "--accum_iter", 2],
+        ["--decoder", "cross", "--grad_checkpoint", "--norm_pix_loss"],
+    ],
+    ids=["cross", "fill", "checkpointed"],
+)
+def test_cheaper_ways_train_and_resume_exactly(images, whole, tmp_path, argv):
+    main_pretrain.main(flags(images, tmp_path / "whole", *argv))
+    main_pretrain.main(flags(images, tmp_path / "parts", *argv, "--max_steps", 1))
+    main_pretrain.main(flags(images, tmp_path / "parts", *argv, "--resume", "auto"))
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    lines = outcome(tmp_path / "whole")[3]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] and lines[-1]["val_loss"] != whole[3][-1]["val_loss"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_resumes_exactly(images, tmp_path, precision):
     argv = ["--precision", precision, "--accum_iter", 2, "--clip_grad", 1]

@@ -80,7 +80,7 @@ class View:
         values = []
         for value in vars(self).values():
             values.extend(value if isinstance(value, tuple) else (value,))
-        return torch.tensor(values, dtype=torch.float32)
+        return torch.from_numpy(np.array(values, dtype=np.float32))  # torch.tensor takes five times as long
 
 
 _WIDTHS = {name: np.size(value) for name, value in vars(View(NO_BOX)).items()}
