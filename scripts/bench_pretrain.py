@@ -151,12 +151,8 @@ def get_args(argv: list[str] | None = None):
     )
     parser.add_argument("--steps_per_turn", type=flags.count, default=None, help="steps; default: 10 on cuda, else 1")
     parser.add_argument("--warmup", type=flags.count0, default=2, help="rounds before the clock starts")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the forward pass"
-    )
+    flags.add_device_args(parser)
     parser.add_argument("--threads", type=flags.count0, default=0, help="CPU threads; 0: as torch chooses")
-    parser.add_argument("--seed", type=flags.count0, default=0, help="of the weights, images and masks")
     parser.add_argument("--serve", choices=CONTENDERS, default=None, help="be one contender (this script calls it so)")
     return parser.parse_args(argv)
 
@@ -167,10 +163,10 @@ def present(args) -> list[str]:
     if args.norm_pix_loss and "lightly" in names:
         print("lightly is left out: its objective is on raw pixels")
         names.remove("lightly")
-    for name in names:
-        if not installed(name):
-            print(f"{name} is left out: its library is not installed")
-    return [name for name in names if installed(name)]
+    missing = [name for name in names if not installed(name)]
+    for name in missing:
+        print(f"{name} is left out: its library is not installed")
+    return [name for name in names if name not in missing]
 
 
 @cli
