@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from models_cross import CrossBlock, FeatureMaps, Fill
+from models_hardness import Hardness
+from models_refine import Refinement, blended
 from models_vit import (
     VIT_PATCHES,
     VIT_SIZES,
@@ -24,8 +26,9 @@ from models_vit import (
     unpatchify,
 )
 from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from util.mae.losses import masked_pixel_loss, patch_errors, patch_statistics
-from util.mae.masking import rank_patches, spread_first, visible_count
+from util.mae.losses import masked_pixel_loss, patch_errors, patch_statistics, ranking_loss
+from util.mae.masking import rank_patches, visible_count
+from util.mae.ordered_dither import spread_first
 from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.run.errors import UserError
 from util.training.hub import Weights, load_weights
@@ -39,6 +42,8 @@ class MaskedAutoencoder(nn.Module):
     Any other input whose sides divide by the patch works too: the embeddings are re-sampled to its grid.
     decoder: "self", the official one, or "cross", CrossMAE's (arXiv 2401.14391), which costs half as much.
     fill: give what a partial prediction leaves out to one light layer (PR-MIM, arXiv 2411.15746); "self" only.
+    hard: learn beside it which patches are hard to predict, for `util.mae.masking`.
+    refine: mend the borders of what was predicted by a few convolutions; not with norm_pix_loss.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = False,
         decoder: str = "self",
         fill: bool = False,
+        hard: bool = False,
+        refine: bool = False,
     ):
         super().__init__()
         self.patch_size = patch_size
@@ -86,6 +93,10 @@ class MaskedAutoencoder(nn.Module):
         self.apply(init_vit_weights)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        # last, so that with one seed all other weights start the same with and without it
+        self.decoder_hardness = Hardness(patch_size).apply(init_vit_weights) if hard else None
+        self.decoder_refine = Refinement(patch_size) if refine else None
+        self.blend = False  # whether `reconstruct` averages over shifted patches (models_refine.blended)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The (rows, columns) of patches of an image; UserError if its sides do not divide by the patch."""
@@ -147,6 +158,10 @@ class MaskedAutoencoder(nn.Module):
         keep_ids = ids_shuffle[:, :keep]
         latent = self.encode(_take(patches, keep_ids), keep_ids, grid)
         pred = self.decode_all(latent, ids_restore, grid)
+        if self.decoder_refine is not None:
+            masked_ids = ids_shuffle[:, keep:]
+            refined = self.decoder_refine.refine(_take(pred, masked_ids), patches, masked_ids, grid)
+            pred = pred.to(refined.dtype).scatter(1, masked_ids[:, :, None].expand_as(refined), refined)
         return pred, (ids_restore >= keep).to(torch.float32)
 
     def decode_all(self, latent: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -188,7 +203,12 @@ class MaskedAutoencoder(nn.Module):
         if predict_ratio is not None:
             return self.objective(patches, noise, keep, grid, predict_ratio)
         pred, mask = self.predict(patches, noise, keep, grid)
-        return masked_pixel_loss(pred, patches, mask, self.norm_pix_loss).mean(), pred, mask
+        loss = masked_pixel_loss(pred, patches, mask, self.norm_pix_loss).mean()
+        if self.decoder_hardness is not None and self.training:
+            masked_ids = rank_patches(noise)[0][:, keep:]
+            errors = patch_errors(_take(pred, masked_ids), _take(patches, masked_ids), self.norm_pix_loss)
+            loss = loss + self._learn_hardness(patches, masked_ids, errors, grid)
+        return loss, pred, mask
 
     def objective(
         self, patches: torch.Tensor, noise: torch.Tensor, keep: int, grid: tuple[int, int], predict_ratio: float = 1.0
@@ -209,7 +229,29 @@ class MaskedAutoencoder(nn.Module):
         # the patches that will be masked are never embedded
         latent = self.encode(_take(patches, keep_ids), keep_ids, grid)
         pred = self.decode(latent, keep_ids, asked, left, grid)
-        return patch_errors(pred, _take(patches, masked_ids[:, : pred.shape[1]]), self.norm_pix_loss).mean()
+        predicted_ids = masked_ids[:, : pred.shape[1]]
+        if self.decoder_refine is not None:
+            pred = self.decoder_refine.refine(pred, patches, predicted_ids, grid)
+        errors = patch_errors(pred, _take(patches, predicted_ids), self.norm_pix_loss)
+        if self.decoder_hardness is None:
+            return errors.mean()
+        return errors.mean() + self._learn_hardness(patches, predicted_ids, errors, grid)
+
+    def _learn_hardness(self, patches: torch.Tensor, ids: torch.Tensor, errors: torch.Tensor, grid) -> torch.Tensor:
+        """What to add to a loss so that the errors (N, M) of the patches at `ids` teach `decoder_hardness`.
+
+        Its value is 0: the loss stays that of the prediction, and only gradients are added.
+        """
+        expected = self.decoder_hardness(patches, grid).gather(1, ids)
+        # AdamW does not mind the scale; clipping does, and the norm of all gradients shall stay that of the prediction
+        loss = 0.01 * ranking_loss(expected, errors.detach())
+        return loss - loss.detach()
+
+    @torch.no_grad()
+    def hardness(self, images: torch.Tensor) -> torch.Tensor:
+        """How hard each patch of pictures (N, 3, H, W) in [0, 1] is expected to be: (N, L). The model has `hard`."""
+        patches = patchify((images - self.pixel_mean) / self.pixel_std, self.patch_size)
+        return self.decoder_hardness(patches, self.grid_of(*images.shape[-2:]))
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -236,8 +278,23 @@ class MaskedAutoencoder(nn.Module):
             pred = pred * std + mean
         picture = unpatchify(pred, self.patch_size, grid) * self.pixel_std + self.pixel_mean
         picture = picture.clamp(0, 1)
-        area = unpatchify(mask[:, :, None].expand(-1, -1, self.patch_size**2).float(), self.patch_size, grid)
-        return {"pred": picture, "pasted": torch.where(area > 0, picture, images), "mask": area, "loss": loss}
+        pasted, area = paste(images, picture, mask, self.patch_size)
+        if self.blend:
+            picture = blended(self, picture, pasted, area)
+            pasted, _ = paste(images, picture, mask, self.patch_size)
+        return {"pred": picture, "pasted": pasted, "mask": area, "loss": loss}
+
+
+def paste(
+    images: torch.Tensor, picture: torch.Tensor, mask: torch.Tensor, patch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put a predicted picture where patches were removed, mask (N, L) = 1, and the images (N, 3, H, W) elsewhere.
+
+    Returns (pasted (N, 3, H, W), area (N, 1, H, W), 1 = removed).
+    """
+    grid = patch_grid(*images.shape[-2:], patch_size)
+    area = unpatchify(mask[:, :, None].expand(-1, -1, patch_size**2).float(), patch_size, grid)
+    return torch.where(area > 0, picture, images), area
 
 
 def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -284,7 +341,7 @@ def build_mae(
 ) -> MaskedAutoencoder:
     """A freshly initialised model by its official name or alias; UserError for an unknown name.
 
-    options: decoder, fill, as of `MaskedAutoencoder`.
+    options: decoder, fill, hard, refine, as of `MaskedAutoencoder`.
     """
     if name not in MAE_MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MAE_MODELS)}")
@@ -322,6 +379,8 @@ def decoder_options(state: dict[str, torch.Tensor]) -> dict:
     return {
         "decoder": "cross" if "decoder_maps.weight" in state else "self",
         "fill": "decoder_fill.norm.weight" in state,
+        "hard": "decoder_hardness.norm.weight" in state,
+        "refine": "decoder_refine.out.weight" in state,
     }
 
 
@@ -357,8 +416,13 @@ def load_mae_weights(model: MaskedAutoencoder, weights: Weights) -> list[str]:
     """
     if has_decoder(weights.state) and decoder_options(weights.state)["decoder"] != model.decoder:
         weights = replace(weights, state={k: v for k, v in weights.state.items() if not k.startswith(_DECODER)})
+    if model.decoder_hardness is None:  # nothing of the prediction depends on it
+        state = {name: value for name, value in weights.state.items() if not name.startswith("decoder_hardness")}
+        weights = replace(weights, state=state)
+    if model.decoder_refine is None and has_decoder(weights.state) and decoder_options(weights.state)["refine"]:
+        raise UserError(f"{weights.source} was trained to mend the borders of its prediction: give --refine")
     missing = load_pretrained(model, weights, optional=_DECODER)
-    lost = [name for name in missing if not name.startswith("decoder_fill")]
+    lost = [name for name in missing if not name.startswith(("decoder_fill", "decoder_hardness", "decoder_refine"))]
     if lost and has_decoder(weights.state):
         raise UserError(
             f"{weights.source} lacks {lost[0]}: its decoder is another model's; choose the matching --model"

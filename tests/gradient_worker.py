@@ -48,7 +48,7 @@ def main(images: str, out: str, batch: str, accum: str, fault: str = "") -> None
     args = SimpleNamespace(
         epochs=2, accum_iter=int(accum), clip_grad=None, log_every=50, save_steps=None, max_steps=max_steps,
         eval_every=1, max_bad=0.0, seed=0, compile="off", mask_ratio=0.75, predict_ratio=1.0,
-        input_size=16, min_crop=0.2,
+        input_size=16, min_crop=0.2, masking="random", mask_strength=4.0, mask_random=0.5, mask_schedule="constant",
     )  # fmt: skip
     source = open_source(images, "train", labels="none", val_fraction=0.0)
     loader = TrainLoader(
@@ -61,7 +61,7 @@ def main(images: str, out: str, batch: str, accum: str, fault: str = "") -> None
     optimizer.register_step_pre_hook(
         lambda *_: seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    plain_step = step_fn(args, patch_size=8)
+    plain_step = step_fn(args, model.mae)
 
     def step(wrapped, batch):
         result = plain_step(wrapped, batch)

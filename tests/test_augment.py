@@ -339,14 +339,17 @@ def test_a_map_goes_through_the_crop_as_its_picture_does(flip):
         assert np.array_equal(view.crop_map(labels, (256, 128), grid), shown[2::4, 4::8])
 
 
-def test_a_map_of_a_crop_between_its_cells_takes_the_label_under_each_centre():
-    labels = np.arange(32 * 32).reshape(32, 32)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_map_of_a_crop_between_its_cells_is_averaged_over_each(flip):
+    """Against the map drawn at a pixel per pixel of a picture of 96 x 64, whose cells of 3 x 2 px it never cuts."""
     rng = rng_for(0)
+    values = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+    drawn = np.repeat(np.repeat(values, 2, 0), 3, 1).astype(float)
     for _ in range(50):
-        x1, y1, x2, y2 = random_resized_box(300, 200, (0.05, 1.0), (0.5, 2.0), rng)
-        got = View((x1, y1, x2, y2)).crop_map(labels, (300, 200), (7, 5))
-        for row in range(7):
-            for column in range(5):
-                x = (x1 + (column + 0.5) * (x2 - x1) / 5) * 32 / 300
-                y = (y1 + (row + 0.5) * (y2 - y1) / 7) * 32 / 200
-                assert got[row, column] == labels[int(y), int(x)]
+        rows, columns = (int(n) for n in rng.integers(1, 9, 2))
+        height, width = rows * int(rng.integers(1, 64 // rows + 1)), columns * int(rng.integers(1, 96 // columns + 1))
+        x, y = int(rng.integers(96 - width + 1)), int(rng.integers(64 - height + 1))
+        cut = drawn[y : y + height, x : x + width].reshape(rows, height // rows, columns, width // columns)
+        expected = cut.mean(axis=(1, 3))[:, :: -1 if flip else 1]
+        got = View((x, y, x + width, y + height), flip).crop_map(values, (96, 64), (rows, columns))
+        assert got.dtype == np.uint8 and np.abs(got - expected).max() <= 0.51

@@ -638,6 +638,25 @@ def test_what_follows_a_run_is_in_its_row(fake, second, tmp_path):
     assert set(starts(out).values()) == {1} and len(starts(out)) == 8
 
 
+def test_what_follows_a_run_may_write_metrics_where_it_is_told(fake, tmp_path):
+    script, out = tmp_path / "third.py", tmp_path / "out"
+    script.write_text(
+        "import argparse, json\nfrom pathlib import Path\np = argparse.ArgumentParser()\n"
+        "p.add_argument('--ckpt')\np.add_argument('--out', type=Path)\nargs = p.parse_args()\n"
+        "with open(args.out / 'starts.txt', 'a') as file:\n    file.write('x\\n')\n"
+        "metrics = {'ratios': {'0.75': {'ssim': {'mean': 0.5}}}, 'provenance': {'torch': 2.0}}\n"
+        "(args.out / 'metrics.json').write_text(json.dumps(metrics))\n"
+    )
+    argv = ["--out", out, "--command", f"a: {fake}", "--vary", "rank=4", "seed=0,1"]
+    argv += ["--then", f"{script} --ckpt {{run}}/x.pth --out {{out}}", "--columns", "ratios.0.75.ssim.mean"]
+    for _ in range(2):  # the second time, nothing is left to do
+        assert call(*argv) == 0
+        assert set(starts(out / "then").values()) == {1} and len(starts(out / "then")) == 2
+    assert "| a | 4 | 0.5 ± 0 | 2 done |" in (out / "results.md").read_text()
+    with open(out / "results.csv", newline="") as file:
+        assert not any("provenance" in name for name in csv.DictReader(file).fieldnames)
+
+
 def test_a_failure_of_what_follows_is_the_failure_of_its_row(fake, second, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--out", out, "--command", f"a: {fake}", "--vary", "rank=4,8", "--then", f"{second} --fail_rank 8"]

@@ -19,6 +19,8 @@ from tests.helpers import assert_same
 from util.data import prefetch
 from util.data.augment import to_unit
 from util.data.loader import StepSampler
+from util.mae.masking import Masking
+from util.mae.scores import SCORES
 from util.run.device import grad_scaler
 from util.run.dist import World
 from util.run.errors import UserError
@@ -296,6 +298,15 @@ def test_the_host_never_waits_for_the_device_inside_an_epoch(tmp_path, monkeypat
     with NoWaiting(monkeypatch) as watch:
         train(setup, Progress())
     assert watch.waits == ["_look", "_agree", "_agree", "_note_time", "_end_epoch", "_save"]
+
+
+def test_no_masking_strategy_makes_the_host_wait(monkeypatch):
+    everything = Masking("+".join(SCORES), schedule="easy_to_hard", epochs=3)
+    images, index = torch.rand(4, 3, 32, 32), torch.arange(4)
+    maps = torch.full((4, len(everything.maps), 4, 4), 128, dtype=torch.uint8)
+    with NoWaiting(monkeypatch) as watch:
+        everything.order(images, (4, 4), 1, index, maps, torch.rand(4, 16))
+    assert not watch.waits
 
 
 @pytest.mark.parametrize("read", ["__float__", "__bool__", "item", "tolist", "cpu", "nonzero"])

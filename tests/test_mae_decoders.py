@@ -10,7 +10,8 @@ from torch import nn
 from models_mae import build_mae, decoder_options, load_mae, load_mae_weights
 from models_vit import Block, patchify
 from util.mae.losses import masked_pixel_loss
-from util.mae.masking import bayer_ranks, random_mask, rank_patches, spread_first
+from util.mae.masking import random_mask, rank_patches
+from util.mae.ordered_dither import bayer_ranks, spread_first
 from util.run.errors import UserError
 from util.training.checkpoint import save_checkpoint
 from util.training.hub import load_weights
@@ -168,7 +169,7 @@ def test_the_first_of_spread_patches_lie_further_apart_than_random_ones():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_remembers_its_decoder(tmp_path, kind):
     model = built(**KINDS[kind])
-    expected = {"decoder": "self", "fill": False} | KINDS[kind]
+    expected = {"decoder": "self", "fill": False, "hard": False, "refine": False} | KINDS[kind]
     assert decoder_options(model.state_dict()) == expected
     save_checkpoint(tmp_path / "mae.pth", {"model": model.float().state_dict()})
     loaded = load_mae(str(tmp_path / "mae.pth"))

@@ -1,4 +1,7 @@
-"""visualize/reconstruct.py: the same nested masks for all, the layout of metrics.json, the figure, bad input."""
+"""visualize/reconstruct.py: the same nested masks for all, the layout of metrics.json, the figure, bad input.
+
+Run: python -m pytest tests/test_visualize_reconstruct.py
+"""
 
 import contextlib
 import importlib.util
@@ -17,7 +20,7 @@ from models_mae import build_mae, load_mae
 from util.benchmark.reconstruction import METRICS
 from util.data.sources import open_source
 from util.run.seed import rng_for
-from visualize import reconstruct
+from visualize import pictures, reconstruct
 
 NAME, SIZE, PATCH = "mae_vit_nano_patch8", 32, 8
 RATIOS = ["0", "0.5", "0.75"]
@@ -74,7 +77,7 @@ def test_metrics_file_has_the_agreed_layout(result):
     assert list(metrics["ratios"]) == RATIOS == list(metrics["floors"])
     for mask_ratio in RATIOS:
         tables = {"model": metrics["ratios"][mask_ratio], **metrics["floors"][mask_ratio]}
-        assert list(tables) == ["model", *reconstruct.FLOORS]
+        assert list(tables) == ["model", *pictures.FLOORS]
         for method, table in tables.items():
             assert tuple(table) == METRICS
             assert all(set(entry) == {"mean", "std"} for entry in table.values())
@@ -89,10 +92,9 @@ def test_metrics_file_has_the_agreed_layout(result):
 
 def test_metrics_are_those_of_the_reconstructions(result, ckpt, data):
     model, source = load_mae(str(ckpt)), open_source(data, "test")
-    pictures = reconstruct.Pictures(source, range(5), (SIZE, SIZE), 5, "")
-    images, index = next(iter(pictures))
+    images, index, _ = next(iter(pictures.Pictures(source, range(5), (SIZE, SIZE), 5, "")))
     for mask_ratio in (0.5, 0.75):
-        mask = reconstruct.draw_masks(model, images, index, 0, mask_ratio)
+        mask = pictures.draw_masks(model, images, index, 0, mask_ratio)
         out = model.reconstruct(images, mask)
         psnr = [
             peak_signal_noise_ratio(a, b, data_range=1)
@@ -111,8 +113,8 @@ def test_metrics_are_those_of_the_reconstructions(result, ckpt, data):
 
 def test_normalised_loss_is_the_one_trained_on(data, tmp_path):
     model = load_mae(str(save_model(tmp_path / "norm.pth", norm_pix_loss=True)))
-    images, index = next(iter(reconstruct.Pictures(open_source(data, "test"), range(5), (SIZE, SIZE), 5, "")))
-    mask = reconstruct.draw_masks(model, images, index, 0, 0.75)
+    images, index, _ = next(iter(pictures.Pictures(open_source(data, "test"), range(5), (SIZE, SIZE), 5, "")))
+    mask = pictures.draw_masks(model, images, index, 0, 0.75)
     expected = model((images - model.pixel_mean) / model.pixel_std, 0.75, noise=mask)[0]
     torch.testing.assert_close(model.reconstruct(images, mask)["loss"].mean(), expected)
 
@@ -120,14 +122,14 @@ def test_normalised_loss_is_the_one_trained_on(data, tmp_path):
 def test_masks_depend_on_seed_and_index_alone_and_are_nested(ckpt):
     model, images = load_mae(str(ckpt)), torch.zeros(4, 3, SIZE, SIZE)
     index = torch.tensor([7, 3, 12, 0])
-    masks = {r: reconstruct.draw_masks(model, images, index, 0, r) for r in (0.25, 0.5, 0.75, 0.9)}
+    masks = {r: pictures.draw_masks(model, images, index, 0, r) for r in (0.25, 0.5, 0.75, 0.9)}
     for mask_ratio, mask in masks.items():
         assert (mask.sum(dim=1) == 16 - int(16 * (1 - mask_ratio))).all()
-        alone = reconstruct.draw_masks(model, images[2:3], index[2:3], 0, mask_ratio)
+        alone = pictures.draw_masks(model, images[2:3], index[2:3], 0, mask_ratio)
         assert torch.equal(alone[0], mask[2])
     ordered = list(masks.values())
     assert all((low <= high).all() for low, high in itertools.pairwise(ordered))
-    assert not torch.equal(masks[0.5], reconstruct.draw_masks(model, images, index, 1, 0.5))
+    assert not torch.equal(masks[0.5], pictures.draw_masks(model, images, index, 1, 0.5))
     assert not torch.equal(masks[0.5][0], masks[0.5][1])
 
 
@@ -141,21 +143,21 @@ def test_batch_size_and_order_of_ratios_change_nothing(result, ckpt, data, tmp_p
 
 def test_mean_image_is_the_mean_of_the_training_pictures(data):
     source = open_source(data, "train")
-    pictures = reconstruct.Pictures(source, range(6), (SIZE, SIZE), 4, "")
-    each = np.stack([pictures.crop(source.load(i), source.record(i)).numpy() for i in range(6)]) / 255
-    np.testing.assert_allclose(reconstruct.mean_image(pictures).numpy(), each.mean(axis=0), atol=1e-6)
+    some = pictures.Pictures(source, range(6), (SIZE, SIZE), 4, "")
+    each = np.stack([some.crop(source.load(i), source.record(i)).numpy() for i in range(6)]) / 255
+    np.testing.assert_allclose(pictures.mean_image(some).numpy(), each.mean(axis=0), atol=1e-6)
 
 
 def test_images_are_spread_evenly():
-    assert reconstruct.spread(10, 0) == list(range(10)) == reconstruct.spread(10, 99)
-    assert reconstruct.spread(10, 5) == [0, 2, 4, 6, 8]
-    assert reconstruct.spread(3, 1) == [0]
+    assert pictures.spread(10, 0) == list(range(10)) == pictures.spread(10, 99)
+    assert pictures.spread(10, 5) == [0, 2, 4, 6, 8]
+    assert pictures.spread(3, 1) == [0]
 
 
 def test_table_names_every_method_under_every_ratio(result):
     for mask_ratio in ("0 %", "50 %", "75 %"):
         assert f"{mask_ratio} masked" in result.printed
-    for name in ("model", *reconstruct.FLOORS.values()):
+    for name in ("model", *pictures.FLOORS.values()):
         assert result.printed.count(f"\n  {name} ") == len(RATIOS)
     best = result.metrics["floors"]["0.75"]["inpaint"]["psnr_db"]["mean"]
     assert f"{best:.3f}" in result.printed

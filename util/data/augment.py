@@ -67,13 +67,15 @@ class View:
         return pixels
 
     def crop_map(self, values: np.ndarray, picture_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-        """A map of labels over the whole picture, as the view shows it: `grid` (H, W) of values (h, w).
+        """Semantic maps over the whole picture, as the view shows them: uint8 (..., H, W) of values uint8 (..., h, w).
 
-        picture_size: (W, H), px. Each cell takes the label that lies under its centre.
+        picture_size: (W, H), px. grid: (H, W). Each cell is the mean of the map over its area.
         """
-        rows = _cells(self.box[1], self.box[3], picture_size[1], values.shape[0], grid[0])
-        columns = _cells(self.box[0], self.box[2], picture_size[0], values.shape[1], grid[1])
-        return values[np.ix_(rows, columns[::-1] if self.flip else columns)]
+        rows = _overlaps(self.box[1], self.box[3], picture_size[1], values.shape[-2], grid[0])
+        columns = _overlaps(self.box[0], self.box[2], picture_size[0], values.shape[-1], grid[1])
+        if self.flip:
+            columns = columns[::-1]
+        return np.rint(rows @ values.astype(np.float32) @ columns.T).astype(np.uint8)
 
     def packed(self) -> torch.Tensor:
         """All parameters, for a batch: float32 (P,), which holds each exactly or to 7 digits. See `unpack`."""
@@ -105,8 +107,12 @@ class _Transform:
         """The parameters of this sample for the numbers of `rng`."""
         raise NotImplementedError
 
+    def render(self, picture: Picture, view: View) -> torch.Tensor:
+        """The pixels of a view that was drawn, uint8 (3, H, W)."""
+        return view.apply(picture, self.size)
+
     def __call__(self, picture: Picture, record: dict, rng: np.random.Generator | None = None) -> torch.Tensor:
-        return self.draw(picture, record, rng).apply(picture, self.size)
+        return self.render(picture, self.draw(picture, record, rng))
 
 
 class TrainCrop(_Transform):
@@ -183,6 +189,26 @@ class EvalCrop(_Transform):
         return f"EvalCrop(size={self.size}{', flip=True' if self.flip else ''})"
 
 
+class WithMaps:
+    """A transform that sends the semantic maps of a record through the same crop and mirror as its picture.
+
+    `(picture, record, rng) -> {"image": ..., "maps": uint8 (C, rows, columns)}`, and what else `transform` gives.
+    record: of `util.data.maps.MappedSource`. grid: (rows, columns) of the model's patches.
+    """
+
+    def __init__(self, transform, grid: tuple[int, int]):
+        self.transform, self.grid, self.size = transform, tuple(grid), transform.size
+
+    def __call__(self, picture: Picture, record: dict, rng: np.random.Generator | None = None) -> dict:
+        view = self.transform.draw(picture, record, rng)
+        seen = self.transform.render(picture, view)
+        maps = view.crop_map(record["maps"], size_of(picture), self.grid)
+        return {**(seen if isinstance(seen, dict) else {"image": seen}), "maps": torch.from_numpy(maps)}
+
+    def __repr__(self) -> str:
+        return f"WithMaps({self.transform!r}, grid={self.grid})"
+
+
 def random_erase_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
     """A random box x1, y1, x2, y2 in a picture of `size` (H, W), 2 to 33 % of its area (arXiv 1708.04896)."""
     height, width = size
@@ -241,7 +267,12 @@ def _writable(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.flags.writeable else pixels.copy()
 
 
-def _cells(low: int, high: int, length: int, cells: int, count: int) -> np.ndarray:
-    """Which of `cells` equal parts of `length` px lies under the centre of each of `count` parts of low..high."""
-    centres = low + (np.arange(count) + 0.5) * ((high - low) / count)
-    return np.clip((centres * (cells / length)).astype(int), 0, cells - 1)
+def _overlaps(low: int, high: int, length: int, cells: int, count: int) -> np.ndarray:
+    """How much each of `cells` equal parts of `length` px has of each of `count` parts of low..high.
+
+    (count, cells), float32; the rows sum to 1.
+    """
+    edges = np.linspace(low, high, count + 1) * (cells / length)
+    cell = np.arange(cells)
+    shared = np.minimum(edges[1:, None], cell + 1) - np.maximum(edges[:-1, None], cell)
+    return (shared.clip(0) / (edges[1:] - edges[:-1])[:, None]).astype(np.float32)

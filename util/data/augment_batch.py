@@ -8,7 +8,7 @@ each picture and two batched products: dense work without branches, the same pic
 import numpy as np
 import torch
 
-from util.data.augment import to_unit, unpack
+from util.data.augment import View, to_unit, unpack
 from util.data.effects import apply_effects, separable
 from util.data.images import Picture
 from util.data.sources import Source
@@ -24,11 +24,14 @@ class DeferredView:
     """
 
     def __init__(self, transform):
-        self.transform = transform
+        self.transform, self.draw, self.size = transform, transform.draw, transform.size
+
+    def render(self, picture: Picture, view: View) -> dict:
+        """The picture and the view that was drawn for it, for the device to make its pixels."""
+        return {"image": np.asarray(picture), "views": view.packed()}
 
     def __call__(self, picture: Picture, record: dict, rng: np.random.Generator) -> dict:
-        view = self.transform.draw(picture, record, rng)
-        return {"image": np.asarray(picture), "views": view.packed()}
+        return self.render(picture, self.draw(picture, record, rng))
 
     def __repr__(self) -> str:
         return f"DeferredView({self.transform!r})"

@@ -45,6 +45,23 @@ def decode_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Im
     converted; of an animation the first frame is taken. Raises BadImage where the data are empty, truncated or
     not a picture, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
     """
+    return _decode(source, max_pixels)[0]
+
+
+def decode_with_alpha(
+    source: Path | str | bytes, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, np.ndarray | None]:
+    """The same, and how opaque each pixel is: uint8 (h, w), upright; None where the whole picture is opaque."""
+    image, alpha = _decode(source, max_pixels)
+    return image, None if alpha is None else np.array(alpha)
+
+
+def alpha_of(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """How opaque each pixel of a picture is: as `decode_with_alpha` says, without the picture."""
+    return decode_with_alpha(source, max_pixels)[1]
+
+
+def _decode(source: Path | str | bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
     name = "(bytes)" if isinstance(source, bytes) else str(source)
     try:
         size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
@@ -56,7 +73,7 @@ def decode_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Im
                 if image.width * image.height > max_pixels:
                     raise BadImage(name, f"{image.width} x {image.height} pixels, more than {max_pixels}")
                 image.load()
-                return _to_rgb(_upright(image))
+                return _to_rgb_and_alpha(_upright(image))
     except BadImage:
         raise
     except Exception as error:  # on damaged data the decoders raise almost anything: OSError, SyntaxError, struct.error
@@ -71,19 +88,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
+        return _deep_grey_to_rgb(image), None
     if not image.has_transparency_data:
-        return image.convert("RGB")  # a copy, also of an RGB image: the file is closed when we return
+        return image.convert("RGB"), None  # a copy, also of an RGB image: the file is closed when we return
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
     opaque = image.convert("RGB")
     if alpha.getextrema()[0] == 255:
-        return opaque
+        return opaque, None
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(opaque, mask=alpha)
-    return canvas
+    return canvas, alpha
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:

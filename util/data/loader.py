@@ -12,10 +12,12 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from util.data.augment import WithMaps
 from util.data.augment_batch import placed
 from util.data.batches import StepSampler, collate, end_workers, worker_options
 from util.data.face_crop import open_pictures
 from util.data.images import BadImage
+from util.data.maps import MappedSource, open_maps
 from util.data.sources import reader
 from util.data.stream import open_stream
 from util.data.stream_loader import StreamLoader
@@ -106,13 +108,23 @@ def loader_options(args, world: World, device: torch.device) -> dict:
     }
 
 
-def open_loader(args, transform: Callable, world: World, device: torch.device) -> TrainLoader | StreamLoader:
-    """The training batches that the flags of `add_data_args` describe."""
+def open_loader(
+    args, transform: Callable, world: World, device: torch.device, maps: tuple[str, ...] = (), grid=None
+) -> TrainLoader | StreamLoader:
+    """The training batches that the flags of `add_data_args` describe.
+
+    maps: semantic maps that a batch has as "maps" too, uint8 (N, C, rows, columns) on the `grid` of (rows, columns).
+    """
     options = loader_options(args, world, device)
     if not args.streaming:
         source = open_pictures(args, "train")
-        return TrainLoader(source, placed(transform, args.augment_on, source, device), **options)
+        seen = placed(transform, args.augment_on, source, device)
+        if maps:
+            source, seen = MappedSource(source, open_maps(source, maps, args.maps)), WithMaps(seen, grid)
+        return TrainLoader(source, seen, **options)
     _refuse_cropping(args)
+    if maps:
+        raise UserError("semantic maps need a stored data set: leave out --streaming, or choose another --masking")
     if args.augment_on == "device":
         raise UserError("a stream has pictures of many sizes: leave out --augment_on device, or --streaming")
     if not args.epoch_images:

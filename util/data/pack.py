@@ -10,23 +10,18 @@ happened nor on the number of workers: pixels go to their place in FILE.part, an
 """
 
 import argparse
-import errno
-import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from util.data.augment import View
-from util.data.batches import end_workers, worker_options
 from util.data.face_crop import visible_region
-from util.data.images import BadImage, crop_region
-from util.data.pack_journal import Journal, difference
+from util.data.images import crop_region
+from util.data.pack_journal import CHUNK, Chunks, Journal, difference, list_bad, write_chunks, write_error
 from util.data.pack_origin import Origin, open_origin
 from util.data.packed import (
     ALIGNMENT,
@@ -43,10 +38,8 @@ from util.data.packed import (
 from util.data.sources import LABELS, Source
 from util.run import args as flags
 from util.run.errors import UserError, cli
-from util.run.files import write_text
 from util.run.log import progress
 
-CHUNK = 64  # canvases that share a checksum and are written together
 CROPS = ("smart", "centre")
 _ROW_BYTES = 1024  # of the sections for a sample, about; maps come on top
 
@@ -91,98 +84,20 @@ def _shift(box: list[float], left: float, top: float) -> list[float]:
     return [box[0] - left, box[1] - top, box[2] - left, box[3] - top]
 
 
-class Canvases(Dataset):
-    """Chunk number -> what is known of its canvases, which are written to their place in the file on the way.
-
-    {"chunk": int, "checksum": hex, "rows": [...]}, a row for each canvas: [x1, y1, x2, y2, width, height], its region
-    and the size of its picture in px, or why the picture cannot be read, a str.
-    """
+class Canvases(Chunks):
+    """The canvases of a source as chunks of rows; what is known of one is [x1, y1, x2, y2, width, height], its region
+    and the size of its picture in px."""
 
     def __init__(self, source: Source, path: Path, canvas: int, crop: str, face_padding: float | None):
-        self.source, self.path, self.canvas, self.crop, self.face_padding = source, path, canvas, crop, face_padding
-        self._fd: int | None = None
+        super().__init__(source, path, (canvas, canvas, 3), ALIGNMENT)
+        self.canvas, self.crop, self.face_padding = canvas, crop, face_padding
 
-    def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
-
-    def __getitem__(self, chunk: int) -> dict:
-        if self._fd is None:
-            # once, and before anything is decoded: a worker that outlives its packing for some seconds must not find
-            # the file of another one under this name
-            self._fd = os.open(self.path, os.O_WRONLY)
-        first = chunk * CHUNK
-        pixels = np.zeros((min(CHUNK, len(self.source) - first), self.canvas, self.canvas, 3), np.uint8)
-        rows = [self._fill(pixels[i], first + i) for i in range(len(pixels))]
-        try:
-            self._write(memoryview(pixels).cast("B"), ALIGNMENT + first * pixels[0].nbytes)
-        except OSError as error:
-            raise _write_error(self.path, error) from error
-        return {"chunk": chunk, "checksum": checksum(pixels).hex(), "rows": rows}
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            data, offset = data[written:], offset + written
-        os.fsync(self._fd)  # before the journal says that they are there
-
-    def close(self) -> None:
-        """Close the file, where this process has opened it."""
-        if self._fd is not None:
-            os.close(self._fd)
-
-    def _fill(self, pixels: np.ndarray, i: int) -> list[int] | str:
-        try:
-            picture = self.source.load(i)
-            region = shown_region(picture, self.source.record(i)["box"], self.crop, self.face_padding)
-        except (BadImage, ValueError) as error:
-            return error.reason if isinstance(error, BadImage) else str(error)
-        pixels[:] = picture.resize((self.canvas, self.canvas), Image.Resampling.BICUBIC, box=region)
+    def fill(self, values: np.ndarray, i: int) -> list[int]:
+        """Draw canvas `i` into `values`. Raises BadImage, and ValueError where a box is outside the picture."""
+        picture = self.source.load(i)
+        region = shown_region(picture, self.source.record(i)["box"], self.crop, self.face_padding)
+        values[:] = picture.resize((self.canvas, self.canvas), Image.Resampling.BICUBIC, box=region)
         return [*region, *picture.size]
-
-
-def write_canvases(canvases: Canvases, journal: Journal, num_workers: int, max_bad: float) -> None:
-    """Write the chunks that the journal lacks. Raises UserError where more than `max_bad` of the pictures are bad."""
-    todo = [chunk for chunk in range(len(canvases)) if chunk not in journal.chunks]
-    most = max_bad * len(canvases.source)
-    options = worker_options(num_workers, torch.device("cpu"))
-    loaded = iter(DataLoader(canvases, batch_size=None, sampler=todo, collate_fn=_as_it_is, **options))
-    try:
-        with progress(total=len(canvases), initial=len(journal.chunks), unit="chunk") as bar:
-            _stop_if_bad(journal, canvases.source, most, max_bad)
-            for done in loaded:
-                journal.add(done)
-                bar.update()
-                _stop_if_bad(journal, canvases.source, most, max_bad)
-    finally:
-        end_workers(loaded)
-        canvases.close()
-
-
-def _as_it_is(value):
-    return value
-
-
-def _stop_if_bad(journal: Journal, source: Source, most: float, max_bad: float) -> None:
-    if len(journal.bad) > most:
-        listed = list_bad(journal, source)
-        raise UserError(
-            f"{len(journal.bad)} of {len(source)} images cannot be read, more than --max_bad {max_bad:g} allows: "
-            f"see {listed}, mend or remove them, or raise --max_bad"
-        )
-
-
-def list_bad(journal: Journal, source: Source) -> Path:
-    """Write FILE.bad_images.jsonl, or remove it where every picture could be read; returns its path."""
-    path = journal.out.with_name(f"{journal.out.name}.bad_images.jsonl")
-    entries = [
-        {"index": row, "path": source.record(row)["file_name"], "reason": reason}
-        for row, reason in sorted(journal.bad.items())
-    ]
-    if entries:
-        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    else:
-        path.unlink(missing_ok=True)
-    return path
 
 
 def packed_table(origin: Origin, journal: Journal) -> pa.Table:
@@ -228,7 +143,7 @@ class Sections:
 def resampled_map(values: np.ndarray, facts: list) -> np.ndarray:
     """A semantic map over whole pictures, uint8 (N, h, w), as the canvases show it: uint8 (N, 32, 32).
 
-    facts: the rows of the journal. Each cell takes the label under its centre; one of a bad picture is 0.
+    facts: the rows of the journal. Each cell is the mean of the map over its area; the map of a bad picture is 0.
     """
     result = np.zeros((len(facts), MAP_CELLS, MAP_CELLS), np.uint8)
     for i, fact in enumerate(facts):
@@ -258,7 +173,7 @@ def finish(origin: Origin, journal: Journal) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _write_error(journal.part, error) from error
+        raise write_error(journal.part, error) from error
     list_bad(journal, origin.source)
     journal.finish()
 
@@ -268,12 +183,6 @@ def _ipc(table: pa.Table) -> pa.Buffer:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
-
-
-def _write_error(path: Path, error: OSError) -> UserError:
-    if error.errno == errno.ENOSPC:
-        return UserError(f"the disk of {path} is full: make room, then run the same command; it goes on where it was")
-    return UserError(f"{path} cannot be written ({error.strerror}): choose another --out")
 
 
 def check_room(journal: Journal, maps: int) -> None:
@@ -311,11 +220,11 @@ def pack(args: argparse.Namespace) -> None:
                 print(f"{journal.part}: going on after {len(journal.chunks)} chunks of {CHUNK} canvases")
             check_room(journal, len(origin.maps))
             canvases = Canvases(origin.source, journal.part, args.canvas, args.crop, args.face_padding)
-            write_canvases(canvases, journal, args.num_workers, args.max_bad)
+            write_chunks(canvases, journal, args.num_workers, args.max_bad)
             finish(origin, journal)
             report(origin, journal)
     except OSError as error:
-        raise _write_error(out, error) from error
+        raise write_error(out, error) from error
 
 
 def report(origin: Origin, journal: Journal) -> None:

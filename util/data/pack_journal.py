@@ -1,13 +1,30 @@
-"""What a packing has done so far: FILE.part.jsonl, a line for the plan and one for each chunk that is on the disk."""
+"""Long work on every row of a data set that can be stopped at any moment: a packing, or the drawing of maps.
 
+Rows go to their place in FILE.part; FILE.part.jsonl says what is done: a line for the plan, and one for each chunk of
+rows that is on the disk.
+"""
+
+import errno
 import fcntl
 import json
 import os
 from pathlib import Path
 
-from util.run.errors import UserError
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from util.data.batches import end_workers, worker_options
+from util.data.images import BadImage
+from util.data.packed import checksum
+from util.data.sources import Source
+from util.run.errors import UserError
+from util.run.files import write_text
+from util.run.log import progress
+
+CHUNK = 64  # rows that share a checksum and are written together
 _WORDS = {
+    "finder_files": "the files of the finder",
     "samples": "the number of samples",
     "fingerprint": "the list of samples",
     "stamp": "the pictures",
@@ -28,13 +45,16 @@ class Journal:
 
     out: FILE. part: FILE.part, where the pixels go; they end at `end_of_pixels`, bytes. plan: what is packed, and how;
     that of an earlier start must be equal, unless `overwrite` gives it up. chunks: number -> what `add` got. bad: row
-    -> why its picture cannot be read. Raises UserError.
+    -> why its picture cannot be read. bad_list: the file that lists them. Raises UserError.
     """
+
+    work = "packing"  # for messages
 
     def __init__(self, out: Path, plan: dict, end_of_pixels: int, overwrite: bool):
         self.out, self.plan, self.end_of_pixels, self.overwrite = out, plan, end_of_pixels, overwrite
         self.part = out.with_name(f"{out.name}.part")
         self.path = out.with_name(f"{out.name}.part.jsonl")
+        self.bad_list = out.with_name(f"{out.name}.bad_images.jsonl")
         self.chunks: dict[int, dict] = {}
         self.bad: dict[int, str] = {}
 
@@ -46,7 +66,9 @@ class Journal:
             self._start()
         except BlockingIOError:
             self._file.close()
-            raise UserError(f"{self.path} is in use by another packing: wait for it, or give another --out") from None
+            raise UserError(
+                f"{self.path} is in use by another {self.work}: wait for it, or give another --out"
+            ) from None
         except BaseException:
             self._file.close()
             raise
@@ -108,3 +130,110 @@ class Journal:
         """Give the file its name, and remove the journal."""
         os.replace(self.part, self.out)
         self.path.unlink()
+
+    def discard(self) -> None:
+        """Remove what was written, and the journal."""
+        self.part.unlink()
+        self.path.unlink()
+
+
+class Chunks(Dataset):
+    """Chunk number -> what is known of its rows, which are written to their place in the file on the way.
+
+    {"chunk": int, "checksum": hex, "rows": [...]}: for each row what `fill` says, or why its picture cannot be read,
+    a str. row_shape: of the uint8 values of a row. offset: where the first row begins in the file, bytes.
+    """
+
+    def __init__(self, source: Source, path: Path, row_shape: tuple[int, ...], offset: int = 0):
+        self.source, self.path, self.row_shape, self.offset = source, path, row_shape, offset
+        self._fd: int | None = None
+
+    def fill(self, values: np.ndarray, i: int) -> list:
+        """Write row `i` into `values`, and say what is known of it. Raises BadImage or ValueError."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> dict:
+        if self._fd is None:
+            # once, and before anything is decoded: a worker that outlives its packing for some seconds must not find
+            # the file of another one under this name
+            self._fd = os.open(self.path, os.O_WRONLY)
+        first = chunk * CHUNK
+        values = np.zeros((min(CHUNK, len(self.source) - first), *self.row_shape), np.uint8)
+        rows = [self._try_to_fill(values[i], first + i) for i in range(len(values))]
+        try:
+            self._write(memoryview(values).cast("B"), self.offset + first * values[0].nbytes)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        return {"chunk": chunk, "checksum": checksum(values).hex(), "rows": rows}
+
+    def _try_to_fill(self, values: np.ndarray, i: int) -> list | str:
+        try:
+            return self.fill(values, i)
+        except (BadImage, ValueError) as error:
+            return error.reason if isinstance(error, BadImage) else str(error)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+        os.fsync(self._fd)  # before the journal says that they are there
+
+    def close(self) -> None:
+        """Close the file, where this process has opened it."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+def write_chunks(chunks: Chunks, journal: Journal, num_workers: int, max_bad: float) -> None:
+    """Write the chunks that the journal lacks. Raises UserError where more than `max_bad` of the pictures are bad."""
+    todo = [chunk for chunk in range(len(chunks)) if chunk not in journal.chunks]
+    most = max_bad * len(chunks.source)
+    options = worker_options(num_workers, torch.device("cpu"))
+    loaded = iter(DataLoader(chunks, batch_size=None, sampler=todo, collate_fn=_as_it_is, **options))
+    try:
+        with progress(total=len(chunks), initial=len(journal.chunks), unit="chunk") as bar:
+            _stop_if_bad(journal, chunks.source, most, max_bad)
+            for done in loaded:
+                journal.add(done)
+                bar.update()
+                _stop_if_bad(journal, chunks.source, most, max_bad)
+    finally:
+        end_workers(loaded)
+        chunks.close()
+
+
+def _as_it_is(value):
+    return value
+
+
+def _stop_if_bad(journal: Journal, source: Source, most: float, max_bad: float) -> None:
+    if len(journal.bad) > most:
+        listed = list_bad(journal, source)
+        raise UserError(
+            f"{len(journal.bad)} of {len(source)} images cannot be read, more than --max_bad {max_bad:g} allows: "
+            f"see {listed}, mend or remove them, or raise --max_bad"
+        )
+
+
+def list_bad(journal: Journal, source: Source) -> Path:
+    """Write the list of bad pictures, or remove it where every picture could be read; returns its path."""
+    path = journal.bad_list
+    entries = [
+        {"index": row, "path": source.record(row)["file_name"], "reason": reason}
+        for row, reason in sorted(journal.bad.items())
+    ]
+    if entries:
+        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    else:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """What to say where a file cannot be written."""
+    if error.errno == errno.ENOSPC:
+        return UserError(f"the disk of {path} is full: make room, then run the same command; it goes on where it was")
+    return UserError(f"{path} cannot be written ({error.strerror}): choose another --out")

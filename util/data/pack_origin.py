@@ -9,8 +9,9 @@ import pyarrow as pa
 from PIL import Image
 
 from util.data.hub import PREFIX, HubSource, open_hub_splits
-from util.data.manifest import MANIFEST_NAME, SCHEMA
-from util.data.sources import FolderSource, Source, open_folder, split_keys
+from util.data.manifest import SCHEMA
+from util.data.maps import check_rows, read_map
+from util.data.sources import MAPS_FOLDER, MAPS_NOTE, FolderSource, Source, open_folder, split_keys
 from util.run.errors import UserError
 
 
@@ -63,6 +64,8 @@ class Origin:
         self.source, self.table, self.keys, self.labels = source, table, keys, labels
         beside = {kind: _beside(folder, kind, suffix) for kind, suffix in (("maps", "npy"), ("protocols", "parquet"))}
         self.maps = {path.stem: _open_map(path, len(source)) for path in beside["maps"]}
+        if self.maps:
+            check_rows(folder / MAPS_FOLDER, source.manifest)
         self.protocols = {path.stem: path for path in beside["protocols"]}
         self._beside = [*beside["maps"], *beside["protocols"]]
 
@@ -92,7 +95,8 @@ def open_origin(data_path: str, labels: str) -> Origin:
     is_prepared = sizes is None
     settled = "metadata" if is_prepared else "folders" if manifest.table.column("identity").null_count == 0 else "none"
     source = FolderSource(data_path, manifest, sizes)
-    return Origin(source, manifest.table, split_keys(manifest.table), settled, folder if is_prepared else None)
+    has_more = is_prepared or (folder / MAPS_FOLDER / MAPS_NOTE).is_file()
+    return Origin(source, manifest.table, split_keys(manifest.table), settled, folder if has_more else None)
 
 
 def _beside(folder: Path | None, kind: str, suffix: str) -> list[Path]:
@@ -100,15 +104,9 @@ def _beside(folder: Path | None, kind: str, suffix: str) -> list[Path]:
 
 
 def _open_map(path: Path, samples: int) -> np.ndarray:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): make the map again") from error
-    if values.dtype != np.uint8 or values.ndim != 3 or len(values) != samples:
-        raise UserError(
-            f"{path} is {values.dtype} {values.shape}, not uint8 ({samples}, 32, 32), a map for each row of "
-            f"{MANIFEST_NAME}: make it again"
-        )
+    values = read_map(path)
+    if len(values) != samples:
+        raise UserError(f"{path} holds {len(values)} maps for the {samples} rows of the data: make it again")
     return values
 
 

@@ -26,6 +26,7 @@ from util.run.errors import UserError
 log = logging.getLogger(__name__)
 
 LABELS = ("auto", "none", "folders", "metadata")
+MAPS_FOLDER, MAPS_NOTE = "maps", "maps.json"  # semantic maps (`util.data.maps`): a folder of the data, a note in it
 
 
 class Source(Protocol):
@@ -304,13 +305,19 @@ def _scan(folder: Path) -> tuple[list[str], np.ndarray, int]:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
             if entry.is_dir():
-                pending.append((f"{prefix}{entry.name}/", entry.path))
+                if prefix or not _are_maps(entry):
+                    pending.append((f"{prefix}{entry.name}/", entry.path))
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                 found.append((prefix + entry.name, _size(entry)))
             else:
                 others += 1
     found.sort()
     return [name for name, _ in found], np.array([size for _, size in found], dtype=np.int64), others
+
+
+def _are_maps(entry: os.DirEntry) -> bool:
+    """Whether a folder holds maps of the data: the sheet in it is no picture of the data."""
+    return os.path.isfile(os.path.join(entry.path, MAPS_NOTE))
 
 
 def _size(entry: os.DirEntry) -> int:

@@ -1,6 +1,7 @@
 """The reconstruction objective of masked autoencoders."""
 
 import torch
+from torch.nn import functional as F
 
 
 def patch_statistics(patches: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,3 +33,14 @@ def masked_pixel_loss(
     """
     errors = patch_errors(pred, patches, norm_pix_loss)
     return (errors * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def ranking_loss(predicted: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """How badly `predicted` orders patches by their errors (arXiv 2304.05919, section 3.2): a scalar.
+
+    predicted, errors: (N, M). For each pair with errors i > j the logistic loss of predicted i - j; the mean over all
+    such pairs of the batch.
+    """
+    higher = (errors[:, :, None] > errors[:, None, :]).to(predicted.dtype)
+    loss = F.softplus(predicted[:, None, :] - predicted[:, :, None])
+    return (loss * higher).sum() / higher.sum().clamp(min=1)

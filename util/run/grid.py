@@ -6,7 +6,7 @@ python -m util.run.grid --out runs/lora_ranks --command "lora: main_lora.py --da
 A run lives in OUT/NAME/rank=4,seed=0 and is known by its whole command. The same call again skips what is
 finished, goes on with what was stopped, and tries again what failed. --then "eval_recognition.py --ckpt
 {run}/checkpoint-best.pth ..." runs a second script on each run that is done, in OUT/then/NAME/rank=4,seed=0; the table
-and the figure have its numbers too.
+and the figure have its numbers too. With {out}, its own folder, it is given no --output_dir, and leaves metrics.json.
 """
 
 import itertools
@@ -219,7 +219,7 @@ def get_args(argv: list[str] | None = None):
         "--vary", nargs="+", action="extend", default=[], metavar="[NAME:]FLAG=V,V",
         help="values of a flag of all commands, or of one; FLAG/FLAG=V/W,V/W: flags that change together",
     )  # fmt: skip
-    add("--then", metavar='"SCRIPT FLAGS"', help="what follows each run; {run} in it becomes the folder of the run")
+    add("--then", metavar='"SCRIPT FLAGS"', help="what follows each run; {run} and {out} in it: its folders")
     add("--figure", metavar="X:Y", help="plot figure Y of results.json against X, a varied flag or another figure")
     add("--columns", nargs="+", metavar="FIGURE", help=f"of the table; default: {' '.join(report.COLUMNS)}")
     add("--jobs", type=count, help="runs at the same time; default: one, or one per device")
@@ -250,7 +250,8 @@ def follower(args, run: Run) -> Run:
     _, words = parse_command(f"then: {args.then}")
     _check_flags("--then", words, [])
     folder = args.out / "then" / run.name / run.folder.name
-    return Run(run.name, tuple(word.replace("{run}", str(run.folder)) for word in words), run.settings, folder)
+    command = tuple(word.replace("{run}", str(run.folder)).replace("{out}", str(folder)) for word in words)
+    return Run(run.name, command, run.settings, folder, names_folder="{out}" in args.then)
 
 
 def collect(args, runs: list[Run]) -> list[report.Row]:

@@ -13,7 +13,8 @@ from util.run.grid_run import Run
 
 MISSING = "-"
 REPEATED = "seed"  # the setting that the rows of results.md are averaged over
-NO_FIGURES = ("args", "versions", "seed", "finished")  # entries of results.json that say how, not how well
+# entries of results.json that say how, not how well
+NO_FIGURES = ("args", "versions", "provenance", "seed", "finished")
 LOG_FROM = 10.0  # ratio of the ends of an x axis above which it is logarithmic
 MOST_NOTES = 24  # points of a figure that are few enough to be labelled
 LOG_ALWAYS = ("rank", "label_fraction", "lr", "trainable_params", "total_params")

@@ -24,12 +24,14 @@ USER_ERROR = 2  # the exit status of a run that would fail again in the same way
 @dataclass(frozen=True)
 class Run:
     """One training. command: the script and all its flags, but for --output_dir and --resume; settings: the
-    varied flags among them, as text."""
+    varied flags among them, as text. names_folder: the command says itself where it writes, so it gets neither flag,
+    and is done when it has written metrics.json."""
 
     name: str
     command: tuple[str, ...]
     settings: dict[str, str]
     folder: Path
+    names_folder: bool = False
 
     @property
     def label(self) -> str:
@@ -42,12 +44,15 @@ class Run:
     def argv(self) -> list[str]:
         """What is started: a .py file or -m MODULE under this Python, anything else as it stands."""
         python = [sys.executable] if self.command[0].endswith(".py") or self.command[0] == "-m" else []
-        return [*python, *self.command, "--output_dir", str(self.folder), "--resume", "auto"]
+        own = [] if self.names_folder else ["--output_dir", str(self.folder), "--resume", "auto"]
+        return [*python, *self.command, *own]
 
     def results(self) -> dict:
-        """results.json, or {} where it is not there or damaged."""
-        results = _read_json(self.folder / "results.json")
-        return results if isinstance(results, dict) else {}
+        """results.json, or {} where it is not there or damaged; of a command that names its folder, metrics.json."""
+        results = _read_json(self.folder / ("metrics.json" if self.names_folder else "results.json"))
+        if not isinstance(results, dict):
+            return {}
+        return results | {"finished": True} if self.names_folder else results
 
     def state(self) -> str:
         """ "done", "failed", "unfinished" (stopped, or running) or "waiting" (never started)."""

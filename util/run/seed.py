@@ -45,15 +45,15 @@ def _digest(key: tuple) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int) -> torch.Tensor:
+def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int, purpose: str = "uniform") -> torch.Tensor:
     """Uniform numbers in [0, 1), a row for each sample, computed where `index` lives.
 
-    index: (N,) int64 sample indices. Returns (N, count) float32 with 24 random bits each.
-    Row i depends only on (seed, epoch, index[i]) and is the same on every device: it is a
-    counter-based generator, a chain of 32-bit integer hashes (the finalizer `lowbias32` by
+    index: (N,) int64 sample indices. purpose: other words give other, independent numbers. Returns (N, count) float32
+    with 24 random bits each. Row i depends only on (seed, epoch, index[i], purpose) and is the same on every device: it
+    is a counter-based generator, a chain of 32-bit integer hashes (the finalizer `lowbias32` by
     C. Wellons, constants 0x7feb352d and 0x846ca68b) in int64 arithmetic.
     """
-    base = _key128((seed, epoch, "uniform"))
+    base = _key128((seed, epoch, purpose))
     low, high = base & _MASK32, (base >> 32) & _MASK32
     row = _hash32((index & _MASK32) ^ low)
     row = _hash32((row + (index >> 32) + high) & _MASK32)
