@@ -9,7 +9,7 @@
 # By environment variable:
 #   MODEL       default mae_vit_base_patch16     SEEDS  default 0,1,2     EPOCHS  default 100
 #   INPUT_SIZE  default 224, px                  RATIO  default 0.75, masked in the test
-#   MULTISCALE FREQUENCY COLOUR  default 1, weights of the losses; 0 leaves one out
+#   MULTISCALE FREQUENCY COLOUR  weights of the losses, default 1, 0.5 and 1; 0 leaves one out
 #   FEATURE_NET own:CHECKPOINT, timm:NAME or timm:NAME=FILE; default: none, and no feature loss
 #   FEATURE     default 2, its weight
 #   SHOW        flags for visualize.reconstruct, such as "--images 500"
@@ -31,7 +31,7 @@ add_loss() {
     [ "$2" = 0 ] || commands+=(--command "$1: main_pretrain.py --$1_loss $2 ${3:-}")
 }
 add_loss multiscale "${MULTISCALE:-1}"
-add_loss frequency "${FREQUENCY:-1}"
+add_loss frequency "${FREQUENCY:-0.5}"
 add_loss colour "${COLOUR:-1}"
 [ -z "${FEATURE_NET:-}" ] || add_loss feature "${FEATURE:-2}" "--feature_net $(printf %q "$FEATURE_NET")"
 
