@@ -7,7 +7,8 @@ python main_pretrain.py ... --resume auto      # go on where the run was stopped
 
 import torch
 
-from models_mae import MAE_MODELS, MaskedAutoencoder, build_mae, load_mae_weights, paste
+from models_mae import MAE_MODELS, MaskedAutoencoder, build_mae, paste
+from models_mae_weights import load_mae_weights
 from models_perceptual import open_feature_net
 from models_vit import unpatchify
 from util.benchmark.reconstruction import psnr

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
-from models_mae import MaskedAutoencoder, load_mae
+from models_mae import MaskedAutoencoder
+from models_mae_weights import load_mae
 from models_transfer import load_recogniser
 from util.benchmark.few_shot import episode_accuracies, episodes
 from util.benchmark.reconstruction import psnr

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from models_mae import build_mae, decoder_options, load_mae, load_mae_weights
+from models_mae import build_mae
+from models_mae_weights import decoder_options, load_mae, load_mae_weights
 from models_vit import Block, patchify
 from util.mae.losses import masked_pixel_loss
 from util.mae.masking import random_mask, rank_patches

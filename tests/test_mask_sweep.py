@@ -24,7 +24,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models_mae import build_mae, load_mae
+from models_mae import build_mae
+from models_mae_weights import load_mae
 from util.benchmark.bootstrap import multiplicities
 from util.benchmark.reconstruction import METRICS
 from util.benchmark.regions import REGIONS

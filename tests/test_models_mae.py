@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models_mae import MAE_MODELS, build_mae, load_mae, load_mae_weights, model_name
+from models_mae import MAE_MODELS, build_mae
+from models_mae_weights import load_mae, load_mae_weights, model_name
 from models_vit import patchify, unpatchify
 from util.data.augment import normalize
 from util.mae.masking import random_mask, visible_count

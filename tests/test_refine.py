@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models_mae import build_mae, decoder_options, load_mae, load_mae_weights, paste
+from models_mae import build_mae, paste
+from models_mae_weights import decoder_options, load_mae, load_mae_weights
 from models_refine import Refinement
 from models_vit import patchify, unpatchify
 from tests.helpers import assert_same

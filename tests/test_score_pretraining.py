@@ -15,7 +15,8 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from models_mae import build_mae, load_mae
+from models_mae import build_mae
+from models_mae_weights import load_mae
 from tests.helpers import fails, make_identities
 from util.benchmark.few_shot import few_shot_report
 from util.benchmark.scores import Measured, heading, read_scores, strategy_of, under, write_scores

@@ -9,7 +9,8 @@ import torch
 from helpers import fails
 from PIL import Image
 
-from models_mae import build_mae, load_mae
+from models_mae import build_mae
+from models_mae_weights import load_mae
 from util.data.manifest import write_manifest
 from util.data.sources import open_source
 from util.mae.masking import Masking

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from models_mae import build_mae, load_mae
+from models_mae import build_mae
+from models_mae_weights import load_mae
 from util.benchmark.reconstruction import METRICS
 from util.data.sources import open_source
 from util.run.seed import rng_for

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 import torch
 
-from models_mae import MaskedAutoencoder, load_mae
+from models_mae import MaskedAutoencoder
+from models_mae_weights import load_mae
 from util.benchmark.regions import MAPS
 from util.data.maps import Maps
 from util.data.sources import Source, open_source

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from models_mae import MaskedAutoencoder, load_mae
+from models_mae import MaskedAutoencoder
+from models_mae_weights import load_mae
 from models_vit import patch_grid
 from util.data.maps import Maps
 from util.data.sheet import sheet

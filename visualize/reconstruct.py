@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from models_mae import MaskedAutoencoder, load_mae
+from models_mae import MaskedAutoencoder
+from models_mae_weights import load_mae
 from util.benchmark.reconstruction import METRICS, psnr, summarise
 from util.data.sheet import sheet
 from util.data.sources import open_source

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models_mae import MAE_MODELS, has_decoder
+from models_mae import MAE_MODELS
+from models_mae_weights import has_decoder
 from util.benchmark.cost import Shape, pretraining
 from util.mae.masking import visible_count
 from util.run.errors import UserError
