@@ -36,9 +36,9 @@ from util.run.errors import UserError
 from util.run.seed import rng_for
 from visualize import mask_sweep
 from visualize.pictures import FLOORS, Pictures, draw_masks, heat, scale_bar, tile
-from visualize.probes import by_training, read_probes
-from visualize.sweep import COMPARED, mean_intervals
-from visualize.trained import by_recipe, epochs_done, learning_curve, open_trained
+from visualize.sweep.numbers import COMPARED, mean_intervals
+from visualize.sweep.probes import by_training, read_probes
+from visualize.sweep.trained import by_recipe, epochs_done, learning_curve, open_trained
 
 NAME, SIZE, PATCH, TESTED = "mae_vit_nano_patch8", 32, 8, 7
 RATIOS = ["0", "0.5", "0.75"]

@@ -34,12 +34,12 @@ from visualize.pictures import (
     open_floors,
     spread,
 )
-from visualize.probes import by_training, read_probes
-from visualize.sweep import GROUP_COLUMNS, Sweep
-from visualize.sweep_figures import Shown, error_figure, grid_figure
-from visualize.sweep_plots import curves_figure, regions_figure
-from visualize.sweep_report import report
-from visualize.trained import Trained, by_recipe, learning_curve, open_trained
+from visualize.sweep.numbers import GROUP_COLUMNS, Sweep
+from visualize.sweep.plots import curves_figure, regions_figure
+from visualize.sweep.probes import by_training, read_probes
+from visualize.sweep.report import report
+from visualize.sweep.sheets import Shown, error_figure, grid_figure
+from visualize.sweep.trained import Trained, by_recipe, learning_curve, open_trained
 
 USUAL_RATIO = 0.75  # the test ratio of the tables and figures that show one
 

@@ -1,6 +1,6 @@
 """The numbers of a mask-ratio study: what each training makes of each picture at each ratio, and how sure that is.
 
-Rows are the trainings (`visualize.trained.by_recipe`; repetitions under other seeds are averaged) and the floors.
+Rows are the trainings (`visualize.sweep.trained.by_recipe`; repetitions under other seeds are averaged) and the floors.
 Intervals are a bootstrap over pictures, paired: every row is drawn with the same pictures.
 """
 
@@ -16,7 +16,7 @@ from util.benchmark.regions import FIGURES, REGIONS
 from util.data.sources import Source
 from util.run.errors import UserError
 from visualize.measure import MODEL, Measured
-from visualize.trained import Trained
+from visualize.sweep.trained import Trained
 
 # of METRICS, without the loss: models with and without norm_pix_loss have different ones
 COMPARED = ("psnr_db", "ssim", "blockiness", "delta_e", "hf_energy_ratio")

@@ -10,7 +10,7 @@ from PIL import Image
 from util.data.sheet import sheet
 from visualize.measure import MODEL, absolute_error
 from visualize.pictures import GREY, heat, percent, scale_bar, tile
-from visualize.sweep import Sweep
+from visualize.sweep.numbers import Sweep
 
 _FAULTS = ("blockiness", "delta_e", "hf_energy_ratio")
 _BRIGHTEST = 0.99  # the share of the errors that the colours tell apart; above it all are bright

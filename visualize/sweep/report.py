@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from util.benchmark.reconstruction import METRICS
 from visualize.pictures import FLOORS
-from visualize.sweep import COMPARED, Sweep, own_ratio
-from visualize.trained import epochs_done
+from visualize.sweep.numbers import COMPARED, Sweep, own_ratio
+from visualize.sweep.trained import epochs_done
 
 HEADINGS = {
     "psnr_db": "PSNR dB",

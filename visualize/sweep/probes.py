@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from util.run.errors import UserError
-from visualize.trained import Trained
+from visualize.sweep.trained import Trained
 
 FIGURES = ("top1", "top5", "macro_f1")
 PARTS = ("test", "val")  # the first that a probe has is reported

@@ -1,0 +1,1 @@
+"""Parts of `visualize.mask_sweep`: trained checkpoints side by side, in numbers, sheets, plots and words."""
