@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from util.mae.ordered_dither import ranks_over
@@ -187,19 +188,19 @@ def _gaussian(size: int, sigma: float, device: str) -> torch.Tensor:
 
 
 @functools.cache
-def _wrapped_gaussian(size: int, sigma: float, device: str = "cpu") -> torch.Tensor:
+def _wrapped_gaussian(size: int, sigma: float, device: str) -> torch.Tensor:
     """(size, size), symmetric: a Gaussian blur of a line whose ends meet."""
-    place = torch.arange(size, dtype=torch.float32)
-    distance = (place[:, None] - place).abs()
-    distance = torch.minimum(distance, size - distance)
-    weights = torch.exp(-(distance**2) / (2 * sigma**2))
-    return (weights / weights.sum(dim=1, keepdim=True)).to(device)
+    return torch.from_numpy(_wrapped_weights(size, sigma)).to(device)
+
+
+def _wrapped_weights(size: int, sigma: float) -> np.ndarray:
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    weights = np.exp(-(np.minimum(distance, size - distance) ** 2) / (2 * sigma**2))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 @functools.cache
 def _band_deviation(rows: int, columns: int) -> float:
     """The deviation of the difference of the two blurs of unit white noise: the norm of the joint kernel."""
-    fine, coarse = (
-        torch.outer(_wrapped_gaussian(rows, sigma)[0], _wrapped_gaussian(columns, sigma)[0]) for sigma in GREEN_SIGMAS
-    )
-    return float((fine - coarse).norm())
+    fine, coarse = (np.outer(*(_wrapped_weights(size, sigma)[0] for size in (rows, columns))) for sigma in GREEN_SIGMAS)
+    return float(np.linalg.norm(fine - coarse))
