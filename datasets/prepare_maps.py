@@ -10,7 +10,6 @@ overview.png is to be looked at. Stopped and started again, it goes on where it 
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -93,7 +92,8 @@ def settings(args: argparse.Namespace) -> dict:
     if not args.finder:
         return dict.fromkeys(SETTINGS)
     files = [Path(part.partition(":")[2]) for part in re.split(r"\+(?=\w+:)", args.finder)]
-    sums = [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in files]
+    # weights of the Hub are told by their name and revision
+    sums = [checksum(path.read_bytes()).hex() if path.is_file() else None for path in files]
     return dict(zip(SETTINGS, (args.finder, sums, args.min_score), strict=True))
 
 

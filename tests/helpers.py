@@ -2,6 +2,10 @@
 
 import colorsys
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import ROOT
 from util.data.manifest import read_manifest
+from util.run.seed import rng_for
 from util.training.checkpoint import read_checkpoint
 
 IDENTITIES = ("asuka", "hikari", "misato", "rei")
@@ -94,3 +100,21 @@ def preparer(script, tmp_path: Path) -> Callable[..., dict[str, dict]]:
 def report_of(tmp_path: Path) -> dict:
     """What a prepare script has left beside the rows."""
     return json.loads((tmp_path / "out/preparation.json").read_text())
+
+
+def waves(*key) -> Image.Image:
+    """A smooth colourful picture, 40 x 48 px, another one for each key."""
+    y, x = np.mgrid[0:48, 0:40] / 48
+    fx, fy, phase = rng_for(*key).uniform(2, 9, (3, 3, 1, 1))
+    return Image.fromarray(np.uint8(255 * (0.5 + 0.4 * np.sin(fx * x + fy * y + phase))).transpose(1, 2, 0))
+
+
+def kill_when_written(command: list[str], journal: Path, least: int) -> None:
+    """Start a script and kill it (SIGKILL) as soon as its journal has at least so many lines."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < least):
+        time.sleep(0.002)
+    assert process.poll() is None, "it had ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models_mae import build_mae
 from models_mae_weights import load_mae
+from tests.helpers import waves
 from util.benchmark.bootstrap import multiplicities
 from util.benchmark.reconstruction import METRICS
 from util.benchmark.regions import REGIONS
@@ -33,7 +34,6 @@ from util.data.augment import EvalCrop
 from util.data.manifest import write_manifest
 from util.data.sources import open_source
 from util.run.errors import UserError
-from util.run.seed import rng_for
 from visualize import mask_sweep
 from visualize.pictures import FLOORS, Pictures, draw_masks, heat, scale_bar, tile
 from visualize.sweep.numbers import COMPARED, mean_intervals
@@ -43,12 +43,6 @@ from visualize.sweep.trained import by_recipe, epochs_done, learning_curve, open
 NAME, SIZE, PATCH, TESTED = "mae_vit_nano_patch8", 32, 8, 7
 RATIOS = ["0", "0.5", "0.75"]
 IDENTITIES = ["rei", "asuka", "rei", None, "asuka", "rei", "misato"]
-
-
-def picture(*key):
-    y, x = np.mgrid[0:48, 0:40] / 48
-    fx, fy, phase = rng_for(*key).uniform(2, 9, (3, 3, 1, 1))
-    return Image.fromarray(np.uint8(255 * (0.5 + 0.4 * np.sin(fx * x + fy * y + phase))).transpose(1, 2, 0))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,7 @@ def data(tmp_path_factory):
         for i, name in enumerate(IDENTITIES)
     ]
     for row in rows:
-        picture(row["sample_id"]).save(folder / row["file_name"])
+        waves(row["sample_id"]).save(folder / row["file_name"])
     write_manifest(folder, rows)
     (folder / "maps").mkdir()
     maps = np.zeros((3, len(rows), 32, 32), dtype=np.uint8)
@@ -388,7 +382,7 @@ def test_one_checkpoint_is_enough_for_its_test_ratios(ckpts, data, tmp_path):
 def test_parts_that_cannot_be_had_say_why(ckpts, tmp_path):
     for i in range(3):
         (tmp_path / "data" / "test").mkdir(parents=True, exist_ok=True)
-        picture("test", i).save(tmp_path / "data" / "test" / f"{i}.png")
+        waves("test", i).save(tmp_path / "data" / "test" / f"{i}.png")
     whole = (tmp_path / "data" / "test" / "1.png").read_bytes()
     (tmp_path / "data" / "test" / "1.png").write_bytes(whole[: len(whole) // 2])
     done = run(ckpts, tmp_path / "data", tmp_path / "out", "--mask_ratios", "0.5")

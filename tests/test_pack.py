@@ -8,10 +8,8 @@ import json
 import mmap
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from argparse import Namespace
 from functools import partial
@@ -26,7 +24,7 @@ from torchvision.transforms import functional as vision
 import main_pretrain
 from tests import helpers
 from tests.conftest import ROOT
-from tests.helpers import assert_same, make_identities, outcome
+from tests.helpers import assert_same, kill_when_written, make_identities, outcome
 from util.data import pack, pack_journal
 from util.data.augment import EvalCrop, TrainCrop
 from util.data.augment_batch import placed
@@ -346,13 +344,7 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(many, whole, tmp_path, capsy
     argv = flags(many, out, "--max_bad", 0.1)
     for workers, least in ((2, 2), (0, 4)):  # lines of the journal, the first is the plan
         command = [sys.executable, "-m", "util.data.pack", *argv, "--num_workers", str(workers)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < least):
-            time.sleep(0.002)
-        assert process.poll() is None, "it had ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when_written(command, journal, least)
         assert not out.exists()
         for half in (tmp_path / "p.part", journal):
             with pytest.raises(UserError, match=r"half-written|not of a kind"):

@@ -4,11 +4,8 @@ Run: python -m pytest tests/test_prepare_maps.py
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from PIL import Image
 
 from tests import helpers
 from tests.conftest import ROOT
-from tests.helpers import make_identities
+from tests.helpers import kill_when_written, make_identities
 from util.data import pack
 from util.data.manifest import write_manifest
 from util.data.map_rows import coverage, predicted_eyes
@@ -114,13 +111,7 @@ def test_killed_it_goes_on_to_the_same_bytes(script, many, whole, tmp_path, caps
     journal = out / "maps.json.part.jsonl"
     for workers, least in ((2, 2), (0, 3)):  # lines of the journal, the first is the plan
         command = [sys.executable, "datasets/prepare_maps.py", *flags(many, "--out", out, "--workers", workers)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < least):
-            time.sleep(0.002)
-        assert process.poll() is None, "it had ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when_written(command, journal, least)
         assert not (out / "maps.json").exists() and not (out / "face.npy").exists()
     with open(journal, "a") as file:
         file.write('{"chunk": 2, "checks')  # a line that a crash cut short

@@ -18,19 +18,13 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from models_mae import build_mae
 from models_mae_weights import load_mae
+from tests.helpers import waves
 from util.benchmark.reconstruction import METRICS
 from util.data.sources import open_source
-from util.run.seed import rng_for
 from visualize import pictures, reconstruct
 
 NAME, SIZE, PATCH = "mae_vit_nano_patch8", 32, 8
 RATIOS = ["0", "0.5", "0.75"]
-
-
-def picture(*key):
-    y, x = np.mgrid[0:48, 0:40] / 48
-    fx, fy, phase = rng_for(*key).uniform(2, 9, (3, 3, 1, 1))
-    return Image.fromarray(np.uint8(255 * (0.5 + 0.4 * np.sin(fx * x + fy * y + phase))).transpose(1, 2, 0))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def data(tmp_path_factory):
     for part, number in (("train", 6), ("test", 5)):
         (folder / part).mkdir()
         for i in range(number):
-            picture(part, i).save(folder / part / f"{i}.png")
+            waves(part, i).save(folder / part / f"{i}.png")
     return folder
 
 
@@ -194,7 +188,7 @@ def test_other_input_sizes_may_be_asked_for(ckpt, data, tmp_path):
 def test_damaged_images_are_skipped_and_counted(ckpt, data, tmp_path, capsys):
     (tmp_path / "test").mkdir()
     for i in range(3):
-        picture("test", i).save(tmp_path / "test" / f"{i}.png")
+        waves("test", i).save(tmp_path / "test" / f"{i}.png")
     whole = (tmp_path / "test" / "1.png").read_bytes()
     (tmp_path / "test" / "1.png").write_bytes(whole[: len(whole) // 2])
     flags = ["--mask_ratios", "0.5", "--mean_data_path", data]
@@ -209,7 +203,7 @@ def test_floors_that_cannot_be_had_say_why(ckpt, data, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "cv2" else found(name, *a))
     (tmp_path / "test").mkdir()
-    picture("test", 0).save(tmp_path / "test" / "0.png")  # no training pictures
+    waves("test", 0).save(tmp_path / "test" / "0.png")  # no training pictures
     done = run(ckpt, tmp_path, tmp_path / "out", "--mask_ratios", "0.5")
     floors = done.metrics["floors"]["0.5"]
     assert "opencv" in floors["inpaint"]["skipped"] and "--mean_data_path" in floors["mean_image"]["skipped"]
