@@ -28,7 +28,7 @@ from models_vit import (
 )
 from util.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from util.mae.losses import masked_pixel_loss, patch_errors, patch_statistics, ranking_loss
-from util.mae.masking import rank_patches, visible_count
+from util.mae.masking import by_chance, rank_patches, visible_count
 from util.mae.ordered_dither import spread_first
 from util.mae.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.run.errors import UserError
@@ -222,6 +222,8 @@ class MaskedAutoencoder(nn.Module):
         count = max(1, round(masked_ids.shape[1] * predict_ratio))
         if self.decoder_fill is not None:
             masked_ids = spread_first(masked_ids, grid, noise)
+        elif count < masked_ids.shape[1]:
+            masked_ids = by_chance(masked_ids, noise)  # a strategy removes in an order that means something
         asked, left = masked_ids[:, :count], masked_ids[:, count:]
         if self.decoder_fill is None:
             left = left[:, :0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from util.mae.masking import SCHEDULES, Masking, gumbel, parse_strategy, random_mask
+from util.mae.masking import SCHEDULES, Masking, by_chance, gumbel, parse_strategy, random_mask, rank_patches
 from util.mae.scores import FLAT, GREEN_SIGMAS, LINE_SIGMAS, SCORES, Batch, green_scores, hard_scores, lineart_scores
 from util.run.errors import UserError
 from util.run.seed import uniform_for
@@ -191,6 +191,22 @@ def test_what_is_no_strategy_is_refused_in_one_line(text):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(UserError, match="mask_schedule later"):
         Masking("face", schedule="later")
+
+
+@pytest.mark.parametrize(
+    "strategy, strength", [("random", 0.0), ("face", 4.0), ("grid", 1000.0), ("foreground", 1000.0)]
+)
+def test_a_part_of_the_removed_patches_is_a_random_part(strategy, strength):
+    """Not the part that was removed last, which of a semantic mask is the dull one."""
+    found = order(Masking(strategy, strength=strength, random_share=0.0), sample(2000))
+    removed = rank_patches(found)[0][:, 49:]
+    shuffled = by_chance(removed, found)
+    assert torch.equal(shuffled.sort(dim=1).values, removed.sort(dim=1).values)
+    rank = torch.empty_like(found).long().scatter_(1, removed, torch.arange(147).expand(2000, -1))
+    first = rank.gather(1, shuffled[:, :49]).double()
+    assert abs(first.mean() - 73) < 5 * 42.4 / math.sqrt(2000 * 49)
+    picked = torch.bincount(rank.gather(1, shuffled[:, :49]).flatten(), minlength=147) / 2000
+    assert (picked - 1 / 3).abs().max() < 5 * math.sqrt(2 / 9 / 2000)
 
 
 # --- score maps -------------------------------------------------------------------------------------------------

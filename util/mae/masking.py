@@ -10,7 +10,7 @@ import torch
 
 from util.mae.scores import SCORES, Batch
 from util.run.errors import UserError
-from util.run.seed import uniform_for
+from util.run.seed import hash32, uniform_for
 
 SCHEDULES = ("constant", "easy_to_hard", "hard_to_easy")
 
@@ -37,6 +37,16 @@ def random_mask(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     """
     _, ids_restore = rank_patches(noise)
     return (ids_restore >= visible_count(noise.shape[1], mask_ratio)).float()
+
+
+def by_chance(masked_ids: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Removed patches in an order that has nothing to do with why they were removed.
+
+    masked_ids: (N, M) places. noise: (N, L), what they were removed by. Returns masked_ids (N, M) in the order of a
+    hash of the bits of their noise: the first few are a random part, whatever the masking strategy.
+    """
+    bits = noise.float().contiguous().view(torch.int32).gather(1, masked_ids).long() & 0xFFFFFFFF
+    return masked_ids.gather(1, hash32(bits).argsort(dim=1, stable=True))
 
 
 class Masking:

@@ -55,15 +55,16 @@ def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int, purpose:
     """
     base = _key128((seed, epoch, purpose))
     low, high = base & _MASK32, (base >> 32) & _MASK32
-    row = _hash32((index & _MASK32) ^ low)
-    row = _hash32((row + (index >> 32) + high) & _MASK32)
+    row = hash32((index & _MASK32) ^ low)
+    row = hash32((row + (index >> 32) + high) & _MASK32)
     counter = torch.arange(1, count + 1, device=index.device, dtype=torch.int64)
-    cell = _hash32((row[:, None] + counter * 0x9E3779B9) & _MASK32)
-    cell = _hash32((cell ^ row[:, None]) & _MASK32)
+    cell = hash32((row[:, None] + counter * 0x9E3779B9) & _MASK32)
+    cell = hash32((cell ^ row[:, None]) & _MASK32)
     return (cell >> 8).to(torch.float32) * (1.0 / (1 << 24))
 
 
-def _hash32(x: torch.Tensor) -> torch.Tensor:
+def hash32(x: torch.Tensor) -> torch.Tensor:
+    """A one-to-one hash of 32-bit numbers, int64 in 0 .. 2^32 - 1, that leaves no pattern."""
     x = x ^ (x >> 16)
     x = _mul32(x, 0x7FEB352D)
     x = x ^ (x >> 15)
