@@ -76,8 +76,8 @@ def run(capsys, data, out, *flags) -> str:
 
 def test_every_strategy_has_words():
     assert masking.WORDS.keys() == SCORES.keys()
-    assert {Masking(name).weights.keys() <= SCORES.keys() for name in masking.DEFAULT} == {True}
-    assert {part for name in masking.DEFAULT for part in Masking(name).weights} == set(SCORES)
+    assert {Masking(name.partition("@")[0]).weights.keys() <= SCORES.keys() for name in masking.DEFAULT} == {True}
+    assert {part for name in masking.DEFAULT for part in Masking(name.partition("@")[0]).weights} == set(SCORES)
 
 
 def test_words_say_what_is_removed_and_what_is_kept():
@@ -213,6 +213,7 @@ def test_bad_input_ends_in_one_line(data, ckpts, tmp_path, capsys):
     assert "'hair' is no strategy" in fail("--strategies", "hair")
     assert "none of the 16 patches" in fail("--mask_ratio", "0.99")
     assert "none can be shown" in fail("--strategies", "hard")
+    assert "grid@1000" in fail("--strategies", "grid@much")
     assert "empty" in fail("--maps", tmp_path / "empty")
     assert "empty" in fail("--strategies", "face", "random", "--maps", tmp_path / "empty")
     assert "--input_size" in fail("--input_size", "30")

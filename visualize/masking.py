@@ -7,6 +7,7 @@ Columns: the picture, the score of each patch (bright: rather removed), the mask
 of it. A strategy that needs semantic maps reads them from --maps, by default DATA/maps.
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,9 @@ WORDS = {
     "box": "a box as large as the face, anywhere",
     "hard": "what the model expects to get wrong",
 }
-DEFAULT = ("random", "face", "face:-1", "foreground", "lineart", "green", "block", "grid", "box", "hard")
+DEFAULT = (
+    "random", "face", "face:-1", "foreground", "lineart", "green@1000", "block@1000", "grid@1000", "box", "hard",
+)  # fmt: skip
 
 
 class Shown(NamedTuple):
@@ -103,6 +106,16 @@ def removed_share(shown: Shown, covered: torch.Tensor) -> float | None:
     return (covered * shown.mask).sum().item() / total if total else None
 
 
+def open_strategy(text: str, args) -> Masking:
+    """The strategy of NAME[:WEIGHT]+...[@STRENGTH]; UserError for what is none."""
+    name, at, strength = text.partition("@")
+    try:
+        strength = rate(strength) if at else args.mask_strength
+    except ArgumentTypeError as error:
+        raise UserError(f"--strategies {text}: {error}: write it like grid@1000") from None
+    return Masking(name, strength=strength, random_share=0.0, seed=args.seed)
+
+
 def usable(args, source, model) -> tuple[dict[str, Masking], Maps | None, dict[str, str]]:
     """The strategies that can be shown by what they are called, their maps, and why others cannot.
 
@@ -110,7 +123,7 @@ def usable(args, source, model) -> tuple[dict[str, Masking], Maps | None, dict[s
     """
     found, skipped = {}, {}
     for name in dict.fromkeys(args.strategies or DEFAULT):
-        strategy = Masking(name, strength=args.mask_strength, random_share=0.0, seed=args.seed)
+        strategy = open_strategy(name, args)
         if strategy.hard and (model is None or model.decoder_hardness is None):
             skipped[name] = "no prediction of errors: give --ckpt of a model trained with --masking hard"
         else:
@@ -135,11 +148,14 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument(
         "--strategies",
         nargs="+",
-        metavar="NAME[:WEIGHT]+...",
-        help=f"as --masking of main_pretrain.py: {', '.join(SCORES)}; default: all that can be had",
+        metavar="NAME[:WEIGHT]+...[@STRENGTH]",
+        help=f"as --masking of main_pretrain.py: {', '.join(SCORES)}; default: all that can be had, and those that do "
+        "not look at the picture at strength 1000",
     )
     parser.add_argument("--mask_ratio", type=ratio, default=0.75, help="removed patches, fraction, 0 to below 1")
-    parser.add_argument("--mask_strength", type=rate, default=4.0, help="as of main_pretrain.py, log odds of removal")
+    parser.add_argument(
+        "--mask_strength", type=rate, default=4.0, help="as of main_pretrain.py, where no @ says another"
+    )
     parser.add_argument("--images", type=count, default=4, help="pictures in each block, evenly spread")
     parser.add_argument("--columns", type=count, default=3, help="blocks side by side")
     parser.add_argument("--patch_size", type=count, default=16, help="side of a patch without --ckpt, px")
@@ -186,7 +202,11 @@ def main(argv: list[str] | None = None) -> None:
         if "face" in names and (share := removed_share(shown, batch.maps[:, names.index("face")])) is not None:
             title += f"\n{100 * share:.0f} % of these faces are removed"
         panels.append(panel(title, batch, shown, model, patch))
-    bar = scale_bar(1.0, f"score: at 1 the odds to be removed are e^{args.mask_strength:g} times those at 0", digits=1)
+    bar = scale_bar(
+        1.0,
+        f"score: at 1 the odds to be removed are e^{args.mask_strength:g} times those at 0 (with @X: e^X)",
+        digits=1,
+    )
     head = sheet([[]], title=f"Masking strategies, {percent(args.mask_ratio)}", font_size=18, cell=1)
     figure = tile([head, tile(panels, columns=args.columns), bar], columns=1, gap=12)
     out = Path(args.out)
