@@ -99,3 +99,16 @@ def test_masking_refusals(images, mapped, tmp_path, capsys):
     assert "prepare_maps.py" in refused(images, "--masking", "face")
     assert "maps" in refused(mapped, "--masking", "face", "--maps", tmp_path / "nowhere")
     assert "--streaming" in refused("hf:nobody/nothing", "--masking", "foreground", "--streaming", "--epoch_images", 8)
+
+
+def test_two_processes_mask_and_learn_as_one_does(mapped, run_script, tmp_path):
+    """What is removed, and what is learned to be hard, does not depend on which process has which sample."""
+    argv = ["--masking", "face+hard", "--epochs", 1]
+    main_pretrain.main(flags(mapped, tmp_path / "one", *argv))
+    run_script("main_pretrain.py", *flags(mapped, tmp_path / "two", *argv, "--batch_size", 4), processes=2)
+    # not by weights: those whose gradient is 0, such as the biases of keys, are moved by rounding errors
+    (one,), (two,) = (outcome(tmp_path / name)[3] for name in ("one", "two"))
+    for name in ("train_loss", "val_loss", "train_grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+    main_pretrain.main(flags(mapped, tmp_path / "other", "--masking", "face+hard:2", "--epochs", 1))
+    assert outcome(tmp_path / "other")[3][0]["train_loss"] != pytest.approx(one["train_loss"], rel=1e-4)
