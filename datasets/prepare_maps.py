@@ -56,6 +56,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SPEC",
         help=f"what looks for faces where the metadata has none: {', '.join(KINDS)}, several joined by +",
     )
+    # above the finders' own: a map of the wrong place misleads more than an empty one
     add("--min_score", type=flags.fraction, default=0.5, help="faces found below this score are left out, 0..1")
     add("--out", metavar="DIR", help="folder to write; default: DIR/maps of the data")
     add("--labels", choices=LABELS, default="auto", help="what a nested folder of images means, as in training")

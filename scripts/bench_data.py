@@ -206,7 +206,6 @@ def main(argv: list[str] | None = None) -> None:
     print(table(result))
     result["provenance"] = provenance({**vars(args), "out": str(args.out)}, device)
     result["wall_seconds"] = time.perf_counter() - started
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(f"written to {args.out}")
 

@@ -331,7 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     result |= {**facts, "precision_used": bench.precision, "targets": TARGETS}
     result["provenance"] = provenance(given, bench.device, fingerprint)
     result["wall_seconds"] = time.perf_counter() - started
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     for name in dict.fromkeys(args.what):
         print("\n".join(lines(name, result[name])))

@@ -129,7 +129,6 @@ def main(argv: list[str] | None = None) -> None:
             f"{figure['masking_ms']:6.2f} ms, {figure['extra_percent']:+.2f} % of a step"
         )
     print(f"three semantic maps of a crop: {result['maps_us_per_image']:.0f} us an image in the worker")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result | provenance({**vars(args), "out": str(args.out)}, device))
 
 

@@ -193,7 +193,6 @@ def main(argv: list[str] | None = None) -> None:
     result["memory"] = f"what one contender alone adds to its process at the peak ({where})"
     result["provenance"] = provenance({**vars(args), "out": str(args.out), "precision": precision}, device)
     result["wall_seconds"] = time.perf_counter() - started
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(table(result, args.batch_size))
     print(f"written to {args.out}")

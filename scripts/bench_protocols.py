@@ -148,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
         "provenance": provenance({**vars(args), "out": str(args.out)}, CPU),
         "wall_seconds": time.perf_counter() - started,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(
         f"{args.what}: {result['protocol_seconds']:.1f} s, {result['peak_memory_bytes'] / 2**20:.0f} MiB at the peak, "

@@ -317,7 +317,6 @@ def main(argv: list[str] | None = None) -> None:
             result["processes"] = scale_processes(folder, Path(scratch), args)
     result["provenance"] = provenance({**vars(args), "out": str(args.out)}, CPU, sizes[-1]["fingerprint"])
     result["wall_seconds"] = time.perf_counter() - started
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(table(result))
     print(f"written to {args.out}")

@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"not measured: {name}: {reason}")
     result |= {"skipped": skipped, **provenance({**vars(args), "out": str(args.out)}, device)}
     result["wall_seconds"] = time.perf_counter() - started
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
 
 

@@ -296,7 +296,6 @@ def main(argv: list[str] | None = None) -> None:
 
         result["validation"] = validate(plans, device, args)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
         print(f"written to {args.out}")
 

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_foreground.py
 """
 
+import json
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 from tests.conftest import ROOT
 from util.data.foreground import estimate_foreground, figure_prior
 from util.data.images import decode_image
-from util.data.manifest import read_manifest
+from util.data.manifest import read_manifest, write_manifest
 from util.data.smart_crop import saliency
 
 SIZE = 160
@@ -134,3 +135,22 @@ def test_the_prior_is_the_head_and_what_is_below_it():
     assert prior[30, 90] < 0.01 and prior[5, 50] < 0.3 and prior[95, 2] < 0.3
     assert np.array_equal(prior, figure_prior((100, 100), [(40, 20, 60, 40)])[:, ::-1])
     assert not figure_prior((10, 10), []).any()
+
+
+def test_the_measure_beside_its_floors(tmp_path, run_script):
+    """Two pictures whose figure is a central ellipse: the floor fits it, and its best radius is found."""
+    rows = []
+    box = [SIZE // 2 - 32, SIZE // 2 - 32, SIZE // 2 + 32, SIZE // 2 + 32]
+    for name in "ab":
+        picture, mask = GROUNDS["plain"].copy(), Image.new("L", (SIZE, SIZE))
+        ImageDraw.Draw(picture).ellipse(box, fill=(60, 20, 90))
+        ImageDraw.Draw(mask).ellipse(box, fill=255)
+        picture.save(tmp_path / f"{name}.png")
+        mask.save(tmp_path / f"{name}_mask.png")
+        rows.append({"sample_id": name, "file_name": f"{name}.png", "mask_file": f"{name}_mask.png", "split": "test"})
+    write_manifest(tmp_path, rows)
+    out = tmp_path / "new" / "a.json"
+    run_script("scripts/measure_foreground.py", "--data_path", tmp_path, "--split", "test", "--out", out)
+    result = json.loads(out.read_text())
+    assert result["pictures"] == 2 and result["iou"]["ellipse"] > 0.95 > result["iou"]["saliency"]
+    assert result["iou"]["estimate"] > 0.9 and 0 < result["iou"]["estimate_with_faces"] <= 1

@@ -20,7 +20,8 @@ from util.run.files import write_atomically, write_text
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON atomically; what JSON cannot say (infinity, NaN) becomes null."""
+    """Write JSON atomically, and make its folder; what JSON cannot say (infinity, NaN) becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
