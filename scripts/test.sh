@@ -3,6 +3,8 @@
 #
 #   bash scripts/test.sh [--active] [arguments for pytest]
 #
+# Files of tests are spread over the cores; "-n 0" among the arguments keeps them in one process, for a debugger.
+#
 # --active   use the active Python environment instead of .venv (so does ANIMASK_USE_ACTIVE_ENV=1)
 set -euo pipefail
 
@@ -16,8 +18,8 @@ fi
 cd "$ROOT"
 ensure_env requirements-dev.txt
 # the tests' networks are so small that more threads only wait for each other
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 python -m ruff check .
 python -m ruff format --check .
-python -m pytest -q "$@"
+python -m pytest -q -n auto --dist loadfile "$@"
