@@ -85,7 +85,7 @@ def add_masking_args(group) -> None:
         "--mask_strength",
         type=flags.rate,
         default=4.0,
-        help="log odds of removal between patches of score 1 and 0, 0 = random; 1000 = always the highest scores",
+        help="log odds of removal between patches of score 1 and 0; 0: random, 1000: nearly always the highest",
     )
     group.add_argument(
         "--mask_random", type=flags.fraction, default=0.5, help="samples masked at random all the same, 0..1"

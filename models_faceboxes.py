@@ -154,11 +154,11 @@ def open_finder(spec: str, device: torch.device | str = "cpu") -> Finder:
 
     device: where networks run. Raises UserError where the kind is unknown, or the file is missing or of another kind.
     """
-    finders = [_open_one(part, device) for part in _parts(spec)]
+    finders = [_open_one(part, device) for part in finder_parts(spec)]
     return finders[0] if len(finders) == 1 else UnionFinder(finders)
 
 
-def _parts(spec: str) -> list[str]:
+def finder_parts(spec: str) -> list[str]:
     """ "a:X+b:Y" to ["a:X", "b:Y"]; a plus sign within a file name does not divide it."""
     return re.split(r"\+(?=(?:cascade|faceboxes|boxes):)", spec)
 

@@ -11,7 +11,6 @@ overview.png is to be looked at. Stopped and started again, it goes on where it 
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from functools import partial
@@ -23,12 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models_faceboxes import KINDS, open_finder
+from models_faceboxes import KINDS, finder_parts, open_finder
 from util.data.faces import find_faces
 from util.data.hub import PREFIX
 from util.data.images import BadImage
 from util.data.map_rows import MAP_NAMES, MapChunks
-from util.data.maps import ROWS_FILE, read_map, row_keys
+from util.data.maps import ROWS_FILE, file_stamp, read_map, row_keys
 from util.data.pack_journal import CHUNK, Journal, difference, list_bad, write_chunks, write_error
 from util.data.packed import MAP_CELLS, checksum
 from util.data.sheet import sheet
@@ -92,7 +91,7 @@ def settings(args: argparse.Namespace) -> dict:
     """What the maps depend on beside the data."""
     if not args.finder:
         return dict.fromkeys(SETTINGS)
-    files = [Path(part.partition(":")[2]) for part in re.split(r"\+(?=\w+:)", args.finder)]
+    files = [Path(part.partition(":")[2]) for part in finder_parts(args.finder)]
     # weights of the Hub are told by their name and revision
     sums = [checksum(path.read_bytes()).hex() if path.is_file() else None for path in files]
     return dict(zip(SETTINGS, (args.finder, sums, args.min_score), strict=True))
@@ -104,9 +103,12 @@ def noted(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): remove it, and make the maps again") from error
+    if not isinstance(note, dict) or not {"data", "maps"} <= note.keys():
+        raise UserError(f"{path} is no note of maps: remove it, and make the maps again")
+    return note
 
 
 def missing_maps(note: dict, data: dict, chosen: dict, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -146,10 +148,12 @@ def finish(source: FolderSource, journal: MapJournal, note: dict, args: argparse
         for column, name in enumerate(names)
     }
     sums = {name: checksum(read_map(folder / f"{name}.npy")).hex() for name in names}
+    stamps = {name: file_stamp(folder / f"{name}.npy") for name in names}
     note = {
         "data": data,
         "maps": {**note.get("maps", {}), **made},
         "checksums": {**note.get("checksums", {}), **sums},
+        "stamps": {**note.get("stamps", {}), **stamps},
         "provenance": provenance(vars(args), torch.device("cpu"), source.fingerprint),
     }
     list_bad(journal, source)
@@ -229,7 +233,7 @@ def draw(args: argparse.Namespace) -> None:
             if journal.chunks:
                 print(f"{folder}: going on after {len(journal.chunks)} chunks of {CHUNK} rows")
             write_chunks(MapChunks(source, journal.part, names, find), journal, args.num_workers, args.max_bad)
-            note = finish(source, journal, note, args)
+            note = finish(source, journal, noted(folder), args)  # another drawing may have ended meanwhile
     else:
         if (folder / f"{MAPS_NOTE}.part.jsonl").is_file():  # it was killed when all but this was done
             with MapJournal(folder, plan, overwrite=True) as journal:

@@ -47,7 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     scores, skipped = ways[0][0]
     for name, measured in scores.items():
         a, b = ([found[name].values for found, _ in way] for way in ways)
-        result[name] = figure = compare(a, b, measured.groups, heading(name).scale)
+        try:
+            result[name] = figure = compare(a, b, measured.groups, heading(name).scale)
+        except ValueError as error:  # such as eyes that no picture shows
+            skipped[name] = str(error)
+            continue
         low, high = figure["difference_ci95"] or (float("nan"),) * 2
         difference = f"b - a {figure['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
         print(f"{name}: a {figure['a']:.2f}, b {figure['b']:.2f}, {difference} {heading(name).unit}")

@@ -31,6 +31,8 @@ data_arguments runs/masking_study "$1" "${@:3}"
 ensure_env requirements.txt
 
 model="${MODEL:-mae_vit_base_patch16}" size="${INPUT_SIZE:-224}" ratios="${RATIOS:-0.5 0.75 0.9}"
+encoder="${model#mae_}"
+encoder="${encoder%_dec*}"
 screen="${SCREEN:-0}" seeds="${SEEDS:-0,1,2,3,4}"
 arms="${ARMS:-random face face:-1 foreground foreground:-1 lineart lineart:-1 face+foreground+lineart hard
     box green@1000/0 block@1000/0 grid@1000/0}"
@@ -81,7 +83,7 @@ for word in "${finalists[@]}"; do
     done
 done
 python -m util.run.grid --out "$out/lora" "${commands[@]}" --columns test.top1 test.macro_f1 ${GRID:-} \
-    -- --data_path "$labelled" --model "${model#mae_}" --input_size "$size" ${LORA:-}
+    -- --data_path "$labelled" --model "$encoder" --input_size "$size" ${LORA:-}
 
 tables=(python scripts/masking_table.py --runs "$out" --lora "$out/lora" --finalists "${FINALISTS:-6}")
 "${tables[@]}" --min_seeds 2 --out "$out/final"

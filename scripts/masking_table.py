@@ -98,8 +98,10 @@ def grid_flags(arms: Sequence[Arm]) -> list[str]:
         known = json.loads(record.read_text(encoding="utf-8"))
         settings = {flag: value for flag, value in known["settings"].items() if flag != "seed"}
         # the varied flags stand last
-        commands[known["name"]] = shlex.join(known["command"][: -2 * len(known["settings"])])
-        axes.setdefault((known["name"], "/".join(settings)), []).append("/".join(settings.values()))
+        varied = 2 * len(known["settings"])
+        commands[known["name"]] = shlex.join(known["command"][: len(known["command"]) - varied])
+        if settings:
+            axes.setdefault((known["name"], "/".join(settings)), []).append("/".join(settings.values()))
     words = [word for name, command in commands.items() for word in ("--command", f"{name}: {command}")]
     return words + [
         word for (name, axis), values in axes.items() for word in ("--vary", f"{name}:{axis}={','.join(values)}")

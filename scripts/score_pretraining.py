@@ -2,11 +2,11 @@
 
 python scripts/score_pretraining.py --ckpt RUN/checkpoint-last.pth --pictures DIR --labelled DIR --output_dir OUT
 
-OUT/results.json has the means, OUT/scores.npz what each sample scored, so that any two checkpoints can be compared on
-the same samples later (scripts/compare_pretraining.py, scripts/masking_table.py). Nothing here depends on how the
-checkpoint was trained: the masks follow from --seed alone, random ones by default; the probe is logistic regression on
-the frozen encoder's mean patch token, cross-validated so that every picture is tested once, pictures of one source in
-one fold; the episodes are the same for all. Regions need the semantic maps of the pictures.
+OUT/results.json has the means, OUT/scores.npz what each sample scored, so that checkpoints can be compared on the same
+samples later (scripts/masking_table.py; scripts/compare_pretraining.py scores two and compares them). Nothing here
+depends on how the checkpoint was trained: the masks follow from --seed alone, random ones by default; the probe is
+logistic regression on the frozen encoder's mean patch token, cross-validated so that every picture is tested once,
+pictures of one source in one fold; the episodes are the same for all. Regions need the semantic maps of the pictures.
 """
 
 import sys
@@ -29,9 +29,9 @@ from util.benchmark.regions import MAPS, measure_regions, region_masks
 from util.benchmark.scores import SCORES_NAME, Measured, under, write_scores
 from util.data.augment import EvalCrop, WithMaps, to_unit
 from util.data.loader import in_order, readable
-from util.data.maps import MappedSource, open_maps
+from util.data.maps import MappedSource, Maps, find_maps
 from util.data.roles import MissingRole
-from util.data.sources import Source, open_source
+from util.data.sources import Source, open_source, origins
 from util.mae.masking import Masking, random_mask
 from util.run import args as flags
 from util.run.device import autocast, pick_device, pick_precision
@@ -49,29 +49,22 @@ ROLES = ("train", "val", "test", "open_val", "open_test")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Held-out pictures. maps: the semantic maps they have; missing: why they do not have the others."""
+    """Held-out pictures. maps: the semantic maps they have, None if none; missing: why they lack the others."""
 
     source: Source
-    maps: tuple[str, ...]
+    maps: Maps | None
     missing: dict[str, str]
 
 
 def open_pictures(args) -> Pictures:
     """The test part of --pictures, with the semantic maps that there are."""
     source = open_source(args.pictures, "test", labels=args.labels, val_fraction=args.val_fraction)
-    missing = {}
-    for name in MAPS:
-        try:
-            open_maps(source, (name,), args.maps)
-        except UserError as error:
-            missing[name] = str(error)
-    if args.maps and len(missing) == len(MAPS):
-        raise UserError(missing[MAPS[0]])
+    maps, missing = find_maps(source, MAPS, args.maps)
     for strategy in args.test_maskings:
         for name in Masking(strategy).maps:
             if name in missing:
                 raise UserError(f"--test_maskings {strategy}: {missing[name]}")
-    return Pictures(source, tuple(name for name in MAPS if name not in missing), missing)
+    return Pictures(source, maps, missing)
 
 
 def score_pictures(ckpt: str, pictures: Pictures, args, device: torch.device) -> dict[str, Measured]:
@@ -82,8 +75,9 @@ def score_pictures(ckpt: str, pictures: Pictures, args, device: torch.device) ->
     model = load_mae(ckpt, device=device)
     size = tuple(side * model.patch_size for side in model.grid)
     source, crop = pictures.source, EvalCrop(size)
+    names = pictures.maps.names if pictures.maps else ()
     if pictures.maps:
-        source, crop = MappedSource(source, open_maps(source, pictures.maps, args.maps)), WithMaps(crop, size)
+        source, crop = MappedSource(source, pictures.maps), WithMaps(crop, size)
     options = {"strength": args.test_strength, "random_share": 0.0, "seed": args.seed}
     tests = {strategy: Masking(strategy, **options) for strategy in ("random", *args.test_maskings)}
     values, rows = {}, []
@@ -91,10 +85,10 @@ def score_pictures(ckpt: str, pictures: Pictures, args, device: torch.device) ->
         shown = readable(batch)
         rows.append(batch["index"][shown])
         for strategy, masking in tests.items():
-            for name, part in _reconstruct(model, batch, strategy, masking, pictures.maps, args, device).items():
+            for name, part in _reconstruct(model, batch, strategy, masking, names, args, device).items():
                 values.setdefault(name, []).append(part.cpu()[shown])
     rows = torch.cat(rows).numpy()
-    ids, groups = (names[rows] for names in (_column(source, "sample_id"), _origins(source)))
+    ids, groups = (column[rows] for column in (_column(source, "sample_id"), origins(source)))
     values = {name: torch.cat(parts).double().numpy() for name, parts in values.items()}
     return {name: Measured(np.where(np.isfinite(part), part, np.nan), ids, groups) for name, part in values.items()}
 
@@ -144,9 +138,9 @@ def open_labelled(args) -> Labelled:
     identities = [identity for source in sources for identity in source.column("identity")]
     if None in identities or len(set(identities)) < 2:
         raise UserError(f"--labelled {args.labelled} names no two characters: give pictures with an identity each")
-    labels, origins = np.array(identities), np.concatenate([_origins(source) for source in sources])
+    labels, cut_from = np.array(identities), np.concatenate([origins(source) for source in sources])
     ids = np.concatenate([_column(source, "sample_id") for source in sources])
-    return Labelled(sources, ids, labels, origins, fold_of(labels, origins, args.seed))
+    return Labelled(sources, ids, labels, cut_from, fold_of(labels, cut_from, args.seed))
 
 
 @torch.inference_mode()
@@ -220,12 +214,6 @@ def _column(source: Source, name: str) -> np.ndarray:
     return np.array(source.column(name))
 
 
-def _origins(source: Source) -> np.ndarray:
-    """What each picture was cut from, itself where that is not known: (N,)."""
-    columns = (source.column(name) for name in ("source", "file_name"))
-    return np.array([origin or file_name for origin, file_name in zip(*columns, strict=True)])
-
-
 # --- the script -------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +285,8 @@ def score(ckpt: str, data: Data, args, device: torch.device) -> tuple[dict[str, 
 def protocol(args, data: Data) -> dict:
     """All that the scores of two checkpoints must have in common to be compared."""
     names = ("mask_ratio", "test_strength", "episodes", "seed")
-    return {name: getattr(args, name) for name in names} | {"data": data.fingerprints}
+    maps = data.pictures.maps.fingerprint if data.pictures and data.pictures.maps else None
+    return {name: getattr(args, name) for name in names} | {"data": data.fingerprints, "maps": maps}
 
 
 def get_args(argv: list[str] | None = None):

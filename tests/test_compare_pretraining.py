@@ -5,11 +5,13 @@ Run: python -m pytest tests/test_compare_pretraining.py
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from models_mae import build_mae
 from tests.helpers import fails, make_identities
+from util.benchmark.scores import Measured
 from util.training.checkpoint import save_checkpoint
 
 
@@ -50,6 +52,18 @@ def test_the_whole_comparison(compare, checkpoints, faces, tmp_path, capsys):
     assert "few_shot_5way_1shot" in result["skipped"]  # there are four characters
     said = capsys.readouterr().out
     assert "psnr_db: a " in said and "not measured: few_shot_5way_1shot: " in said
+
+
+def test_a_measure_that_no_picture_has_is_skipped_and_the_others_are_kept(compare, faces, tmp_path, monkeypatch):
+    ids = np.array(["a", "b"])
+    found = {
+        "psnr_db": Measured(np.array([1.0, 2.0]), ids, ids),
+        "psnr_eyes_db": Measured(np.full(2, np.nan), ids, ids),
+    }
+    monkeypatch.setattr(compare, "score", lambda *_: (found, {}))
+    compare.main(["--a", "x", "--b", "y", "--pictures", faces, "--device", "cpu", "--out", str(tmp_path / "c.json")])
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert result["psnr_db"]["difference"] == 0 and "no sample has a value" in result["skipped"]["psnr_eyes_db"]
 
 
 def test_several_pairs_are_judged_over_runs_too(compare, checkpoints, faces, tmp_path):

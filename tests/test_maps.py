@@ -4,6 +4,8 @@ Run: python -m pytest tests/test_maps.py
 """
 
 import io
+import json
+import os
 import pickle
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from util.data.faces import Face
 from util.data.images import BadImage, alpha_of, decode_image, decode_with_alpha
 from util.data.manifest import write_manifest
 from util.data.map_rows import MapChunks, cell_means, coverage, predicted_eyes
-from util.data.maps import ROWS_FILE, MappedSource, open_maps, row_keys
+from util.data.maps import ROWS_FILE, MappedSource, file_stamp, open_maps, row_keys
 from util.data.pack_origin import open_origin
 from util.data.sources import FolderSource, Subset, open_folder, open_source, reader
 from util.run.errors import UserError
@@ -216,6 +218,17 @@ def test_faces_of_a_picture_are_on_the_map_of_each_of_its_rows(tmp_path):
     assert finder.asked == ["one.png", "none.png"]  # not where the metadata know all
 
 
+def test_a_face_whose_eyes_the_finder_has_not_found_gets_predicted_ones(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "two.png")
+    boxes = [[32, 0, 64, 32], [0, 32, 24, 56]]
+    rows = [{"sample_id": str(i), "file_name": "two.png", "box": box, "split": "train"} for i, box in enumerate(boxes)]
+    write_manifest(tmp_path, rows)
+    values, origins = draw(tmp_path, ["eyes"], Finder())
+    predicted = predicted_eyes(boxes[1:], Image.new("RGB", (64, 64)))
+    assert origins == [["finder"]] * 2
+    assert np.array_equal(values[0, 0], coverage([(40, 8, 44, 12), *predicted], (64, 64)))
+
+
 # --- opening
 
 
@@ -307,6 +320,18 @@ def test_the_fingerprint_changes_with_the_maps(mapped):
     values[0, 0, 0] += 1
     np.save(mapped / "maps/eyes.npy", values)
     assert mark() != first
+
+
+def test_the_note_of_the_maps_is_trusted_only_for_the_files_it_saw(mapped):
+    test = open_source(mapped, "test")
+    real = open_maps(test, NAMES).fingerprint
+    stamps = {name: file_stamp(mapped / f"maps/{name}.npy") for name in NAMES}
+    note = {"checksums": dict.fromkeys(NAMES, "0" * 16), "stamps": stamps}
+    (mapped / "maps/maps.json").write_text(json.dumps(note))
+    assert open_maps(test, NAMES).fingerprint != real  # the listed sums
+    for name in NAMES:
+        os.utime(mapped / f"maps/{name}.npy", ns=(1, 1))
+    assert open_maps(test, NAMES).fingerprint == real  # the files were replaced: their own
 
 
 def test_maps_of_other_rows_are_refused(mapped):

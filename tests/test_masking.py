@@ -239,7 +239,9 @@ def test_lines_score_high_flat_areas_low_and_contrast_does_not_matter():
     scores = [lineart_scores(batch_of(images=1 - c * (1 - picture), grid=(4, 4))).view(4, 4) for c in (1.0, 0.2)]
     assert torch.allclose(*scores, atol=0.01)
     assert scores[0][1, 0] > 0.8 and scores[0][1, 1] > 0.8 and scores[0][3, 3] < 0.01
-    assert (lineart_scores(batch_of(images=torch.full((1, 3, 64, 64), 0.3), grid=(4, 4))) < 0.01).all()
+    for level, side in ((0.3, 64), (0.9, 224)):
+        flat = torch.full((1, 3, side, side), level)
+        assert (lineart_scores(batch_of(images=flat, grid=(4, 4))) < 0.01).all()
 
 
 def test_green_noise_is_uniform_and_lacks_low_and_high_frequencies():
@@ -260,15 +262,36 @@ def test_green_noise_is_uniform_and_lacks_low_and_high_frequencies():
 
 
 def test_blocks_are_rectangles_and_the_first_is_removed_first():
-    masks = random_mask(order(Masking("block", strength=1000.0, random_share=0.0), sample(300)), 0.25)
-    for mask in masks.view(-1, 14, 14)[:50]:
-        filled = mask.sum()
-        _, parts = ndimage.label(mask.numpy())
-        assert filled == 49 and parts >= 1
+    """A rectangle has about 8 % of the patches or more: the first 7 % that go, 14 of 196, lie in the first one."""
+    given = sample(300)
+    masking = Masking("block", strength=1000.0, random_share=0.0)
+    first = masking.scores(**{**given, "maps": None}).view(-1, 14, 14) == 1
+    few = random_mask(order(masking, given), 0.07).view(-1, 14, 14) > 0
+    for rectangle, removed in zip(first, few, strict=True):
+        rows, columns = (rectangle.any(side).nonzero()[:, 0] for side in (1, 0))
+        assert rectangle.sum() == len(rows) * len(columns) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+        assert removed.sum() == 14 and (rectangle.sum() < 14 or not (removed & ~rectangle).any())
+    assert (first.sum(dim=(1, 2)) >= 14).float().mean() > 0.9
+    masks = random_mask(order(masking, given), 0.25)
     # neighbours of removed patches are far more often removed than the rate of removal
     maps = masks.view(-1, 14, 14)
     together = (maps[:, :, 1:] * maps[:, :, :-1]).mean() / maps.mean()
     assert together > 0.75
+
+
+def test_a_strength_of_1000_nearly_always_takes_the_highest_scores():
+    given = sample(300)
+    for name in ("grid", "green"):
+        masking = Masking(name, strength=1000.0, random_share=0.0)
+        removed = random_mask(order(masking, given), 0.75)
+        sharp = random_mask(masking.scores(**{**given, "maps": None}), 0.75)
+        assert (removed != sharp).sum(dim=1).max() <= 4 and (removed != sharp).any(dim=1).float().mean() < 0.25
+
+
+@pytest.mark.parametrize("strength", [float("inf"), float("nan"), -1.0, 2e5])
+def test_a_strength_that_means_nothing_is_refused(strength):
+    with pytest.raises(UserError, match="--mask_strength"):
+        Masking("face", strength=strength)
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.75, 4), (0.5, 2)])

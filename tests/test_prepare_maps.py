@@ -181,6 +181,13 @@ def test_a_finder_is_asked_where_the_metadata_know_no_face(script, fails, tmp_pa
     assert "nope.xml" in fails(flags(data, "--finder", "cascade:nope.xml"))
 
 
+def test_a_note_that_is_none_is_one_line(script, fails, tmp_path):
+    data = make_figures(tmp_path / "d", 3)
+    (data / "maps").mkdir()
+    (data / "maps/maps.json").write_text('{"title": "x"}')
+    assert "no note of maps: remove it" in fails(flags(data))
+
+
 def test_class_folders_and_flat_folders(script, tmp_path, make_images):
     classes = make_identities(tmp_path / "classes", train=3)
     flat = make_images(tmp_path / "flat", 9)

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_refine.py
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,10 @@ from util.training.checkpoint import save_checkpoint
 from util.training.hub import load_weights
 
 
-def built(refine: bool = True, trained: bool = False, **options):
+def built(refine: bool = True, trained: bool = False, size=32, **options):
     """A small model; trained: its refinement does something."""
     torch.manual_seed(0)
-    model = build_mae("mae_vit_nano_patch8", 32, refine=refine, **options)
+    model = build_mae("mae_vit_nano_patch8", size, refine=refine, **options)
     if trained:
         torch.nn.init.normal_(model.decoder_refine.out.weight, std=0.1)
         torch.nn.init.normal_(model.decoder_refine.out.bias, std=0.1)
@@ -233,14 +234,31 @@ def pictures():
     return images, random_mask(torch.rand(3, 20, generator=generator), 0.75)
 
 
+def shifted_copy(model, down: int, right: int):
+    """A model of the larger pictures of a shift, whose patches lie half a patch before those of `model`."""
+    moved = built(False, size=(32 + 2 * down, 40 + 2 * right)).eval()
+    state = model.state_dict()
+    for name in ("pos_embed", "decoder_pos_embed"):
+        dim = state[name].shape[-1]
+        omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+        y, x = (np.arange(side // 8 + (shift > 0)) - 0.5 * (shift > 0) for side, shift in ((32, down), (40, right)))
+        parts = [np.concatenate([f(place[:, None] * omega) for f in (np.sin, np.cos)], 1) for place in (x, y)]
+        rows = np.concatenate([np.tile(parts[0], (len(y), 1)), np.repeat(parts[1], len(x), 0)], 1)
+        state[name] = torch.from_numpy(np.concatenate([np.zeros((1, dim)), rows])[None]).float()
+    moved.load_state_dict(state)
+    return moved
+
+
 def test_blending_is_the_weighted_mean_of_four_shifted_predictions(pictures):
     """One picture at a time through `reconstruct`, pixel by pixel where each shift has a say."""
     images, mask = pictures
-    model = built(False).eval()
+    model = built(False, size=(32, 40)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     plain = model.reconstruct(images, mask)
     model.blend = True
     found = model.reconstruct(images, mask)
     model.blend = False
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for i in range(len(images)):
         total, weights = torch.zeros(3, 32, 40), torch.zeros(32, 40)
         for down, right in ((0, 0), (0, 4), (4, 0), (4, 4)):
@@ -252,7 +270,8 @@ def test_blending_is_the_weighted_mean_of_four_shifted_predictions(pictures):
                 )
                 canvas, unknown = (plain[name][i][:, rows][:, :, columns] for name in ("pasted", "mask"))
                 cells = unknown[0].unflatten(0, (-1, 8)).unflatten(2, (-1, 8)).amin((1, 3))
-                pred = model.reconstruct(canvas[None], cells.reshape(1, -1))["pred"][0]
+                moved = shifted_copy(model, down, right)
+                pred = moved.reconstruct(canvas[None], cells.reshape(1, -1))["pred"][0]
                 inside = slice(down, down + 32), slice(right, right + 40)
                 asked = cells.repeat_interleave(8, 0).repeat_interleave(8, 1)[inside]
                 pred = pred[(slice(None), *inside)]

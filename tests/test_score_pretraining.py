@@ -202,4 +202,4 @@ def test_a_map_that_a_masking_needs_is_asked_for(script, faces, tmp_path):
     with pytest.raises(UserError, match=r"--test_maskings face:2\+green: .*face"):
         script.open_pictures(args)
     args.test_maskings = ["lineart"]
-    assert script.open_pictures(args).maps == ()
+    assert script.open_pictures(args).maps is None

@@ -12,12 +12,13 @@ from PIL import Image
 from models_mae import build_mae
 from models_mae_weights import load_mae
 from util.data.manifest import write_manifest
+from util.data.maps import find_maps
 from util.data.sources import open_source
 from util.mae.masking import Masking
 from util.mae.scores import SCORES
 from util.run.seed import rng_for
 from visualize import masking
-from visualize.pictures import Batch, Pictures, find_maps, heat
+from visualize.pictures import Batch, Pictures, heat
 
 NAME, SIZE, PATCH, GRID = "mae_vit_nano_patch8", 32, 8, (4, 4)
 MAPS = ("face", "eyes", "foreground")

@@ -16,8 +16,8 @@ import torch
 from models_mae import MaskedAutoencoder
 from models_mae_weights import load_mae
 from util.benchmark.regions import MAPS
-from util.data.maps import Maps
-from util.data.sources import Source, open_source
+from util.data.maps import Maps, find_maps
+from util.data.sources import Source, open_source, origins
 from util.run.args import Parser, height_width, ratio
 from util.run.device import pick_device
 from util.run.errors import UserError, cli
@@ -29,7 +29,6 @@ from visualize.pictures import (
     add_picture_args,
     check_ratios,
     draw_masks,
-    find_maps,
     make_folder,
     open_floors,
     spread,
@@ -98,7 +97,7 @@ def measure(args, trainings: dict[str, list[Trained]], source: Source, maps: Map
     """Every checkpoint on every picture: (the sweep, the pictures of the figures, missing floors, patches L)."""
     runs = [run for own in trainings.values() for run in own]
     first_of = {own[0].ckpt: label for label, own in trainings.items()}
-    sweep, floors = Sweep(args.mask_ratios, trainings, {}, [], args.seed), {}
+    sweep, floors = Sweep(args.mask_ratios, trainings, {}, [], args.seed, origins(source)), {}
     for run, model in load_all(progress(runs, desc="checkpoints"), args, device):
         size = tuple(side * model.patch_size for side in model.grid)
         if run is runs[0]:

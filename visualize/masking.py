@@ -17,7 +17,7 @@ from PIL import Image
 from models_mae import MaskedAutoencoder
 from models_mae_weights import load_mae
 from models_vit import patch_grid
-from util.data.maps import Maps
+from util.data.maps import Maps, find_maps
 from util.data.sheet import sheet
 from util.data.sources import open_source
 from util.mae.masking import Masking, random_mask
@@ -32,9 +32,8 @@ from visualize.pictures import (
     Pictures,
     add_reading_args,
     check_ratios,
-    find_maps,
     heat,
-    percent,
+    percent_masked,
     scale_bar,
     spread,
     tile,
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         f"score: at 1 the odds to be removed are e^{args.mask_strength:g} times those at 0 (with @X: e^X)",
         digits=1,
     )
-    head = sheet([[]], title=f"Masking strategies, {percent(args.mask_ratio)}", font_size=18, cell=1)
+    head = sheet([[]], title=f"Masking strategies, {percent_masked(args.mask_ratio)}", font_size=18, cell=1)
     figure = tile([head, tile(panels, columns=args.columns), bar], columns=1, gap=12)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ MODEL = "model"
 
 
 @dataclass
-class Measured:
+class PictureFigures:
     """Of each of N pictures. index: (N,) their numbers in the source.
 
     values: (method, mask ratio, metric) -> (N,); regions: (method, mask ratio, region, figure) -> (N,).
@@ -33,7 +33,7 @@ class Measured:
 
 def measure_pictures(
     model: MaskedAutoencoder, pictures: Pictures, ratios: Sequence[float], floors: dict[str, Callable], seed: int
-) -> Measured:
+) -> PictureFigures:
     """Measure the model and the floors on every picture, by region where the pictures have maps.
 
     floors: name -> fill(images, mask). UserError if no picture can be read.
@@ -60,7 +60,7 @@ def measure_pictures(
                 sums[ratio][place] += added.sum(dim=0, dtype=torch.float32).cpu().double()
     if not seen:
         raise UserError(f"no picture of {pictures.source.name} can be read: check the files")
-    return Measured(
+    return PictureFigures(
         torch.cat(seen).numpy(),
         {key: _joined(parts) for key, parts in values.items()},
         {key: _joined(parts) for key, parts in regions.items()},

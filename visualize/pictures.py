@@ -16,7 +16,7 @@ from models_mae import MaskedAutoencoder
 from util.benchmark.reconstruction import fill_inpaint, fill_mean_image, fill_visible_mean
 from util.data.augment import EvalCrop, to_unit
 from util.data.images import BadImage
-from util.data.maps import Maps, open_maps
+from util.data.maps import Maps
 from util.data.sheet import INK, PAPER
 from util.data.sources import LABELS, Source, open_source
 from util.mae.masking import random_mask, visible_count
@@ -133,23 +133,6 @@ def draw_masks(model: MaskedAutoencoder, images: torch.Tensor, index: torch.Tens
     return random_mask(uniform_for(seed, 0, index.to(images.device), model.num_patches(images)), mask_ratio)
 
 
-def find_maps(source: Source, names: Iterable[str], folder: str | None) -> tuple[Maps | None, dict[str, str]]:
-    """The semantic maps of these names that the data have, None if none, and why the others are missing.
-
-    folder: of --maps; default: DATA/maps. UserError if it is given and holds none of them.
-    """
-    found, missing = [], {}
-    for name in names:
-        try:
-            open_maps(source, (name,), folder)
-            found.append(name)
-        except UserError as error:
-            missing[name] = str(error)
-    if folder and missing and not found:
-        raise UserError(next(iter(missing.values())))
-    return (open_maps(source, tuple(found), folder) if found else None), missing
-
-
 def check_ratios(ratios: Iterable[float], patches: int) -> None:
     """UserError for a mask ratio that leaves none of the patches visible."""
     for mask_ratio in ratios:
@@ -157,7 +140,7 @@ def check_ratios(ratios: Iterable[float], patches: int) -> None:
             raise UserError(f"--mask_ratios {mask_ratio:g} leaves none of the {patches} patches visible: lower it")
 
 
-def percent(mask_ratio: float) -> str:
+def percent_masked(mask_ratio: float) -> str:
     """ "75 % masked"."""
     return f"{100 * mask_ratio:.3g} % masked"
 

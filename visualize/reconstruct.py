@@ -34,7 +34,7 @@ from visualize.pictures import (
     draw_masks,
     make_folder,
     open_floors,
-    percent,
+    percent_masked,
     spread,
     tile,
 )
@@ -72,17 +72,17 @@ def panel_title(results: dict, mask_ratio: float, images: int) -> str:
     means = {method: table[mask_ratio]["psnr_db"]["mean"] for method, table in results.items()}
     own = means.pop("model")
     if own is None:
-        return f"{percent(mask_ratio)}\nnothing to reconstruct"
+        return f"{percent_masked(mask_ratio)}\nnothing to reconstruct"
     floor, name = max((value or -math.inf, FLOORS[floor]) for floor, value in means.items())
     score = f"PSNR {own:.1f} dB over {images} images; best floor {floor:.1f} dB, {name}"
-    return f"{percent(mask_ratio)}\n{score}"
+    return f"{percent_masked(mask_ratio)}\n{score}"
 
 
 def table_text(results: dict, missing: dict[str, str], ratios: list[float]) -> str:
     """Means over the pictures, the model and the floors under each mask ratio."""
     lines = []
     for mask_ratio in ratios:
-        lines.append(f"{percent(mask_ratio):22}" + "".join(f"{text:>12}" for text in HEADINGS))
+        lines.append(f"{percent_masked(mask_ratio):22}" + "".join(f"{text:>12}" for text in HEADINGS))
         for method, name in {"model": "model", **FLOORS}.items():
             if method in missing:
                 lines.append(f"  {name:20}  skipped: {missing[method]}")

@@ -9,14 +9,14 @@ import numpy as np
 
 from util.benchmark.paired import Difference, difference, holm
 from util.benchmark.scores import SCORES_NAME, Measured, heading, read_scores, strategy_of
+from util.run.args import BOOKKEEPING
 from util.run.errors import UserError
 
 BASELINE = "random"
 RANKED = ("psnr_db", "psnr_face_db", "probe_top1", "few_shot_5way_1shot", "few_shot_5way_5shot")
 # flags that may differ between the runs of one study; at one mask ratio the epochs may not
-_FREE = {
-    "masking", "mask_strength", "mask_random", "mask_schedule", "mask_ratio", "epochs", "seed", "maps", "output_dir",
-    "log_dir", "resume", "device", "num_workers", "augment_on", "log_every", "eval_every", "save_steps", "eval_images",
+_FREE = BOOKKEEPING | {
+    "masking", "mask_strength", "mask_random", "mask_schedule", "mask_ratio", "epochs", "seed", "maps",
 }  # fmt: skip
 
 
@@ -148,8 +148,13 @@ def with_lora(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
         for path in sorted(folder.rglob("args.json")):
             top1 = (_results(path.parent).get("test") or {}).get("top1")
             if top1 is not None:
-                init = json.loads(path.read_text(encoding="utf-8"))["init"]
-                found[Path(init).parent.resolve()] = top1
+                init = json.loads(path.read_text(encoding="utf-8")).get("init")
+                if init is None:  # of random weights: of none of these runs
+                    continue
+                place = Path(init).parent.resolve()
+                if place in found:
+                    raise UserError(f"{path.parent} is a second run of main_lora.py on {place}: give one of them")
+                found[place] = top1
         if len(found) == before:
             raise UserError(f"--lora {folder} holds no finished run of main_lora.py with a test accuracy: leave it out")
     one = np.array(["test"])
@@ -168,13 +173,14 @@ def _results(folder: Path) -> dict:
 
 def _check_alike(runs: Sequence[Run]) -> None:
     """UserError where two runs differ in more than their masking: a difference would not be the masking's."""
-    first = runs[0]
+    first: dict[str, Run] = {}  # of each flag: a run of an older version may lack some
     epochs: dict[float, Run] = {}
     for run in runs:
-        for flag in (run.args.keys() & first.args.keys()) - _FREE:
-            if run.args[flag] != first.args[flag]:
-                values = f"{first.args[flag]} and {run.args[flag]}"
-                raise UserError(f"{first.folder} and {run.folder} differ in --{flag}, {values}: compare like with like")
+        for flag in run.args.keys() - _FREE:
+            other = first.setdefault(flag, run)
+            if run.args[flag] != other.args[flag]:
+                values = f"{other.args[flag]} and {run.args[flag]}"
+                raise UserError(f"{other.folder} and {run.folder} differ in --{flag}, {values}: compare like with like")
         same = epochs.setdefault(run.args["mask_ratio"], run)
         if same.args["epochs"] != run.args["epochs"]:
             values = f"{same.args['epochs']} and {run.args['epochs']}"

@@ -102,15 +102,12 @@ class Picture:
             without = [row["box"] for row in self.rows if row["box"] and not row["eyes"]]
             known = [eye for row in self.rows for eye in row["eyes"] or ()]
             eyes, origin = known + predicted_eyes(without, self.image), "metadata"
-        elif eyes := [eye for face in self.found for eye in face.eyes if self._is_on_a_face(eye)]:
-            origin = "finder"
+        elif found := [eye for face in self.found for eye in face.eyes if any(on(eye, b) for b in self.face_boxes)]:
+            without = [box for box in self.face_boxes if not any(on(eye, box) for eye in found)]
+            eyes, origin = found + predicted_eyes(without, self.image), "finder"
         else:
             eyes, origin = predicted_eyes(self.face_boxes, self.image), "predicted" if self.face_boxes else "none"
         return coverage(eyes, self.image.size), origin
-
-    def _is_on_a_face(self, eye: Box) -> bool:
-        x, y = (eye[0] + eye[2]) / 2, (eye[1] + eye[3]) / 2
-        return any(x1 <= x <= x2 and y1 <= y <= y2 for x1, y1, x2, y2 in self.face_boxes)
 
     def foreground(self, mask: Path | None) -> Drawn:
         """The figure; from "alpha", where the picture is a cut-out, its "mask", or an "estimate"."""
@@ -123,6 +120,12 @@ class Picture:
     @cached_property
     def _estimate(self) -> np.ndarray:
         return cell_means(estimate_foreground(self.image, self.face_boxes) * 255)
+
+
+def on(eye: Box, face: Box) -> bool:
+    """Whether the centre of an eye lies in a face box."""
+    x, y = (eye[0] + eye[2]) / 2, (eye[1] + eye[3]) / 2
+    return face[0] <= x <= face[2] and face[1] <= y <= face[3]
 
 
 _DRAW = {"face": Picture.face, "eyes": Picture.eyes_of_faces, "foreground": Picture.foreground}

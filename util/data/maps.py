@@ -154,17 +154,46 @@ def _advice(problem: str, missing: list[str], data: str, out: Path | None) -> st
     return f"{problem} {listed}: run datasets/prepare_maps.py --data_path {data} --maps {listed}{where}"
 
 
+def file_stamp(path: Path) -> list[int]:
+    """What changes when a file is replaced: its size in bytes and its time in ns."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
 def _checksums(home: Path, names: Sequence[str]) -> list[str]:
-    """That of each map, from maps.json where it lists them, as a million rows take seconds to read."""
+    """That of each map, from maps.json if the file is the one it saw, as a million rows take seconds to read."""
     try:
-        noted = json.loads((home / MAPS_NOTE).read_text(encoding="utf-8"))["checksums"]
-    except (OSError, ValueError, KeyError):
-        noted = {}
-    return [noted.get(name) or checksum(read_map(home / f"{name}.npy")).hex() for name in names]
+        note = json.loads((home / MAPS_NOTE).read_text(encoding="utf-8"))
+        sums = {name: note["checksums"][name] for name, stamp in note["stamps"].items() if _is(home, name, stamp)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sums = {}
+    return [sums.get(name) or checksum(read_map(home / f"{name}.npy")).hex() for name in names]
+
+
+def _is(home: Path, name: str, stamp: list[int]) -> bool:
+    path = home / f"{name}.npy"
+    return path.is_file() and file_stamp(path) == stamp
 
 
 def _fingerprint(parts: Iterable[str]) -> str:
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def find_maps(source: Source, names: Iterable[str], folder: str | None) -> tuple[Maps | None, dict[str, str]]:
+    """The semantic maps of these names that the data have, None if none, and why the others are missing.
+
+    folder: of --maps; default: DATA/maps. UserError if it is given and holds none of them.
+    """
+    found, missing = [], {}
+    for name in names:
+        try:
+            open_maps(source, (name,), folder)
+            found.append(name)
+        except UserError as error:
+            missing[name] = str(error)
+    if folder and missing and not found:
+        raise UserError(next(iter(missing.values())))
+    return (open_maps(source, tuple(found), folder) if found else None), missing
 
 
 class MappedSource:

@@ -99,6 +99,12 @@ class FolderSource:
         return decode_image(self.manifest.path(i))
 
 
+def origins(source: "Source") -> np.ndarray:
+    """What each picture was cut from, itself where that is not known: (N,) str. Those of one are not independent."""
+    columns = (source.column(name) for name in ("source", "file_name"))
+    return np.array([origin or file_name for origin, file_name in zip(*columns, strict=True)])
+
+
 class Subset:
     """Some samples of a source. chosen: (n,) their numbers there, in the order they get here."""
 

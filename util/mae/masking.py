@@ -12,6 +12,8 @@ from util.mae.scores import SCORES, Batch
 from util.run.errors import UserError
 from util.run.seed import hash32, uniform_for
 
+# above it the noise is lost beside the scores in float32, and with it the order of what scores alike
+STRONGEST = 1e5
 SCHEDULES = ("constant", "easy_to_hard", "hard_to_easy")
 
 
@@ -71,6 +73,8 @@ class Masking:
     ):
         if schedule not in SCHEDULES:
             raise UserError(f"--mask_schedule {schedule} is not known: choose one of {', '.join(SCHEDULES)}")
+        if not 0 <= strength <= STRONGEST:
+            raise UserError(f"--mask_strength {strength:g} is out of range: choose from 0 to {STRONGEST:g}")
         self.weights = parse_strategy(strategy)
         self.strength, self.random_share, self.schedule = strength, random_share, schedule
         self.epochs, self.seed = epochs, seed

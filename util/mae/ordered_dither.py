@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from util.run.seed import hash32
+
 
 @functools.cache
 def bayer_ranks(side: int, device: str = "cpu") -> torch.Tensor:
@@ -30,8 +32,9 @@ def spread_first(masked_ids: torch.Tensor, grid: tuple[int, int], noise: torch.T
     """
     columns = grid[1]
     rank = ranks_over(grid, noise.device)
-    low_bits = noise[:, :2] * 4096 % 1  # they do not say which patches are masked
-    down, right = (low_bits * len(rank)).long().split(1, dim=1)
+    # a hash of the bits does not say which patches are masked, as the numbers themselves do
+    bits = noise[:, :2].float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    down, right = (hash32(bits) % len(rank)).split(1, dim=1)
     row, column = masked_ids // columns, masked_ids % columns
     order = rank[(row + down) % len(rank), (column + right) % len(rank)].argsort(dim=1, stable=True)
     return masked_ids.gather(1, order)

@@ -4,17 +4,27 @@ import torch
 import torch.nn.functional as F
 
 
-def sincos_pos_embed(dim: int, grid: tuple[int, int], cls_token: bool = True) -> torch.Tensor:
+def sincos_pos_embed(
+    dim: int,
+    grid: tuple[int, int],
+    cls_token: bool = True,
+    *,
+    first: tuple[float, float] = (0.0, 0.0),
+    step: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
     """Position embeddings of a patch grid (arXiv 2111.06377; the 1-D form is arXiv 1706.03762, section 3.5).
 
-    dim: multiple of 4. grid: (rows, columns). Returns (1, [1 +] rows * columns, dim): the first half of
-    the vector encodes the column and the second the row, each as [sin | cos]; the class token's is zero.
+    dim: multiple of 4. grid: (rows, columns). first, step: of the positions, down and right.
+    Returns (1, [1 +] rows * columns, dim): the first half of the vector encodes the column and the second the row,
+    each as [sin | cos]; the class token's is zero.
     """
     if dim % 4:
         raise ValueError(f"the embedding dimension {dim} is not a multiple of 4")
     rows, columns = grid
     row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+        first[0] + step[0] * torch.arange(rows, dtype=torch.float64),
+        first[1] + step[1] * torch.arange(columns, dtype=torch.float64),
+        indexing="ij",
     )
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
 

@@ -62,6 +62,7 @@ def lineart_scores(batch: Batch) -> torch.Tensor:
     """
     red, green, blue = batch.images.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    luma = luma - luma.mean(dim=(1, 2), keepdim=True)  # else two blurs of a bright picture nearly cancel
     fine, coarse = (_blur(luma, sigma) for sigma in LINE_SIGMAS)
     rows, columns = batch.grid
     n, height, width = luma.shape

@@ -2,6 +2,7 @@
 so that its recipe is visible in it. Names are those of the official MAE code where they exist there."""
 
 import argparse
+import math
 
 from util.run.errors import UserError
 
@@ -31,7 +32,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_high: boo
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not low <= value <= high or (open_high and value == high):
+        if not math.isfinite(value) or not low <= value <= high or (open_high and value == high):
             raise argparse.ArgumentTypeError(f"{text} is out of range: {_range(low, high, open_high)}")
         return value
 
@@ -52,6 +53,12 @@ share = number(float, 1e-12, 1.0)
 rate = number(float, 0.0)
 positive = number(float, 1e-12)
 
+
+# flags that say where and how a run takes place, and not what it learns
+BOOKKEEPING = frozenset({
+    "output_dir", "log_dir", "resume", "max_steps", "device", "num_workers", "log_every", "save_steps", "max_bad",
+    "eval_images", "eval_every", "compile", "grad_checkpoint", "augment_on",
+})  # fmt: skip
 
 AUTO = "auto"
 

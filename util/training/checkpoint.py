@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from util.run.args import BOOKKEEPING
 from util.run.errors import UserError
 from util.run.files import write_atomically
 
@@ -69,10 +70,7 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 
 # flags that may change between the parts of a run; of any other a change is announced
-_FREE_FLAGS = {
-    "output_dir", "log_dir", "resume", "max_steps", "device", "num_workers", "log_every", "save_steps", "data_path",
-    "batch_size", "accum_iter", "max_bad", "eval_images", "eval_every", "init",
-}  # fmt: skip
+_FREE_FLAGS = BOOKKEEPING | {"data_path", "batch_size", "accum_iter", "init"}
 
 
 def restore(

@@ -1,9 +1,11 @@
 """The numbers of a mask-ratio study: what each training makes of each picture at each ratio, and how sure that is.
 
 Rows are the trainings (`visualize.sweep.trained.by_recipe`; repetitions under other seeds are averaged) and the floors.
-Intervals are a bootstrap over pictures, paired: every row is drawn with the same pictures.
+Intervals of means are a bootstrap over pictures; those of differences are paired, and cover seeds too where trainings
+were repeated under the same ones (`util.benchmark.paired`).
 """
 
+import itertools
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from util.benchmark.bootstrap import intervals
+from util.benchmark.paired import difference
 from util.benchmark.reconstruction import METRICS, summarise
 from util.benchmark.regions import FIGURES, REGIONS
 from util.data.sources import Source
 from util.run.errors import UserError
-from visualize.measure import MODEL, Measured
+from visualize.measure import MODEL, PictureFigures
 from visualize.sweep.trained import Trained
 
 # of METRICS, without the loss: models with and without norm_pix_loss have different ones
@@ -30,9 +33,10 @@ class Sweep:
 
     ratios: list[float]
     trainings: dict[str, list[Trained]]
-    measured: dict[str, Measured]
+    measured: dict[str, PictureFigures]
     floors: list[str]
     seed: int = 0
+    origins: np.ndarray | None = None  # of all pictures of the source: what each was cut from
 
     @property
     def rows(self) -> list[str]:
@@ -89,21 +93,41 @@ class Sweep:
         return table
 
     def differences(self) -> list[dict]:
-        """Every two trainings at every ratio: {"test_ratio", "metric", "a", "b", "difference" (a - b), "ci95"}.
+        """Every two trainings at every ratio: {"test_ratio", "metric", "a", "b", "difference" (a - b), "ci95", "over"}.
 
-        Where nothing is removed there is nothing to compare.
+        over: what the interval covers, "seeds and samples" where both have two seeds or more in common, else "samples":
+        these very runs on other pictures. Where nothing is removed there is nothing to compare.
         """
-        labels, found = list(self.trainings), {}
-        for ratio in filter(None, self.ratios):
-            for metric in COMPARED:
-                of_label = {label: self.values(label, ratio, metric) for label in labels}
-                for i, a in enumerate(labels):
-                    found |= {(ratio, metric, a, b): of_label[a] - of_label[b] for b in labels[i + 1 :]}
-        bounds, names = mean_intervals(found, seed=self.seed), ("test_ratio", "metric", "a", "b")
+        names = ("test_ratio", "metric", "a", "b")
+        pairs = itertools.product(filter(None, self.ratios), COMPARED, itertools.combinations(self.trainings, 2))
         return [
-            dict(zip(names, key, strict=True)) | {"difference": summarise(values)["mean"], "ci95": bounds[key]}
-            for key, values in found.items()
+            dict(zip(names, (ratio, metric, a, b), strict=True)) | self._difference(a, b, ratio, metric)
+            for ratio, metric, (a, b) in pairs
         ]
+
+    def _difference(self, a: str, b: str, ratio: float, metric: str) -> dict:
+        ways = [
+            {run.args.get("seed"): values for run, values in zip(self.trainings[label], found, strict=True)}
+            for label in (a, b)
+            if (found := self.runs(label, ratio, metric))
+        ]
+        if len(ways) < 2:
+            return {"difference": None, "ci95": None, "over": "samples"}
+        shared = [seed for seed in ways[0] if seed in ways[1]]
+        if len(shared) < 2:
+            rows = [np.mean(list(way.values()), axis=0)[None] for way in ways]
+        else:
+            rows = [np.stack([way[seed] for seed in shared]) for way in ways]
+        try:
+            found = difference(rows[1], rows[0], self.groups_of_pictures)
+        except ValueError:  # no picture has a finite value of both
+            return {"difference": None, "ci95": None, "over": "samples"}
+        return {"difference": found.mean, "ci95": found.ci95, "over": found.over}
+
+    @property
+    def groups_of_pictures(self) -> np.ndarray:
+        """(N,) what each picture was cut from: pictures of one are not independent."""
+        return self.index if self.origins is None else self.origins[self.index]
 
     def best(self, ratio: float) -> str | None:
         """The training of the highest mean PSNR at a ratio; None where nothing was removed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from util.benchmark.figure_style import COLOURS, MARKERS, finish, new_figure
-from visualize.pictures import percent
+from visualize.pictures import percent_masked
 
 _NAMES = {
     "epoch": "epochs",
@@ -73,7 +73,7 @@ def regions_figure(rows: Mapping[str, Mapping], labels: Sequence[str], ratio: st
     panels[0].set_yticks(places, [f"{region}\n({share:.1f} % of pixels)" for region, share in shares.items()])
     means = {region: [_or_nan(rows[label][ratio][region]["psnr_db"]["mean"]) for label in labels] for region in first}
     known = {region: np.mean(values) for region, values in means.items() if np.isfinite(values).all()}
-    title = f"The removed pixels by region, {percent(float(ratio))} in the test (lines: 95 % intervals)"
+    title = f"The removed pixels by region, {percent_masked(float(ratio))} in the test (lines: 95 % intervals)"
     if len(known) > 1:
         title += f": {min(known, key=known.get)} worst, {max(known, key=known.get)} best"
     finish(figure, title, path, legend_of=panels[0])

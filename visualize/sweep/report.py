@@ -25,8 +25,9 @@ READING = """## How to read this
 * All rows reconstruct the same pictures under the same masks. *PSNR dB* is of the picture with the visible patches
   kept, *masked dB* of the removed pixels alone. *Blockiness* (grey levels added at patch borders) and *delta E*
   (CIEDE2000, 1 is just noticeable) are better near 0, *HF energy* (share of the fine detail that is there) near 1.
-* ± is the standard deviation over runs where a training was repeated under other seeds; brackets are 95 % intervals, a
-  bootstrap over pictures. They do not know what another seed would change.
+* ± is the standard deviation over runs where a training was repeated under other seeds; brackets are 95 % intervals:
+  of means, a bootstrap over pictures; of differences, over seeds and pictures where both trainings were repeated under
+  the same seeds, else over pictures alone, and then they do not know what another seed would change.
 * Removing less leaves an easier task: compare rows under one test ratio, not the numbers of different ones. The loss of
   models with and without `norm_pix_loss` is not the same quantity.
 * In the figures, pictures are of the first run of each training, numbers are means over its runs."""
@@ -134,14 +135,25 @@ def _conclusions(sweep: Sweep, metrics: Mapping) -> list[str]:
 
 
 def _best_features(probes: Mapping) -> str:
-    """Which training's probe is best, and by how much; whether that is more than chance only more seeds can tell."""
+    """Which training's probe is best, by how much, and whether that is more than the runs differ among themselves."""
     means = {label: 100 * found["top1"]["mean"] for label, found in probes["trainings"].items()}
     best, *others = sorted(means, key=means.get, reverse=True)
     text = f"Best features: trained at {best}, {means[best]:.1f} % {probes['part']} top-1 of a linear probe"
-    if others:
-        text += f", {means[best] - means[others[0]]:.1f} points over {others[0]}"
-    runs = min(found["runs"] for found in probes["trainings"].values())
-    return text + (" (one run of some: not certain)." if others and runs < 2 else ".")
+    if not others:
+        return f"{text}."
+    text += f", {means[best] - means[others[0]]:.1f} points over {others[0]}"
+    pair = [probes["trainings"][label] for label in (best, others[0])]
+    if min(one["runs"] for one in pair) < 2:
+        return f"{text} (one run of some: not certain)."
+    return f"{text}." if _differ(*(one["top1"] | {"runs": one["runs"]} for one in pair)) else f"{text}, not certain."
+
+
+def _differ(one: Mapping, other: Mapping) -> bool:
+    """Whether two means over runs differ by more than chance at 5 % (Welch's t-test)."""
+    from scipy import stats  # slow to import
+
+    values = [part for way in (one, other) for part in (way["mean"], way["std"], way["runs"])]
+    return bool(stats.ttest_ind_from_stats(*values, equal_var=False).pvalue < 0.05)
 
 
 def _best_pictures(sweep: Sweep, metrics: Mapping, ratio: float) -> str:
@@ -150,8 +162,10 @@ def _best_pictures(sweep: Sweep, metrics: Mapping, ratio: float) -> str:
     if len(sweep.trainings) > 1:
         own = [d for d in metrics["differences"] if d["test_ratio"] == ratio and d["metric"] == "psnr_db"]
         leads = [_lead(entry, best) for entry in own if best in (entry["a"], entry["b"])]
-        rival, difference, bounds = min(leads, key=lambda lead: lead[1])
-        sure = "" if bounds and bounds[0] > 0 else ", which is not certain"
+        rival, difference, bounds, over = min(leads, key=lambda lead: lead[1])
+        sure = ", which is not certain"
+        if bounds and bounds[0] > 0:
+            sure = "" if over != "samples" else " (of these runs; other seeds may differ)"
         text += (
             f", best pictures: trained at {best}, {_interval(difference, bounds, 2, sign=True)} dB over {rival}{sure}"
         )
@@ -161,12 +175,12 @@ def _best_pictures(sweep: Sweep, metrics: Mapping, ratio: float) -> str:
     return f"{text}; {abs(gain):.2f} dB {'over' if gain > 0 else 'BELOW'} the best floor, {name_of(strongest)}."
 
 
-def _lead(difference: Mapping, best: str) -> tuple[str, float, list[float] | None]:
-    """The other training, and by how much the best one is before it."""
+def _lead(difference: Mapping, best: str) -> tuple[str, float, list[float] | None, str]:
+    """The other training, by how much the best one is before it, and what the interval covers."""
     if difference["a"] == best:
-        return difference["b"], difference["difference"], difference["ci95"]
+        return difference["b"], difference["difference"], difference["ci95"], difference["over"]
     bounds = difference["ci95"] and [-difference["ci95"][1], -difference["ci95"][0]]
-    return difference["a"], -difference["difference"], bounds
+    return difference["a"], -difference["difference"], bounds, difference["over"]
 
 
 def _matrix(sweep: Sweep) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from util.data.sheet import sheet
 from visualize.measure import MODEL, absolute_error
-from visualize.pictures import GREY, heat, percent, scale_bar, tile
+from visualize.pictures import GREY, heat, percent_masked, scale_bar, tile
 from visualize.sweep.numbers import Sweep
 
 _FAULTS = ("blockiness", "delta_e", "hf_energy_ratio")
@@ -46,7 +46,7 @@ def grid_figure(sweep: Sweep, shown: Shown) -> Image.Image:
             oracle = "\n(oracle statistics)" if label in shown.oracle else ""
             titles.append(f"trained at\n{_broken(label)}{oracle}\n{mark}{text}")
         columns = [shown.originals, _masked(shown, ratio), *(shown.pasted[label, ratio] for label in sweep.trainings)]
-        title = f"tested with {percent(ratio)}   (PSNR: mean over {images} pictures)"
+        title = f"tested with {percent_masked(ratio)}   (PSNR: mean over {images} pictures)"
         panels.append(sheet(list(zip(*columns, strict=True)), column_titles=titles, title=title, cell=_cell(shown)))
     return tile(panels, gap=36)
 
@@ -59,7 +59,7 @@ def error_figure(sweep: Sweep, shown: Shown, ratio: float, pictures: int = 2) ->
     panels = [
         sheet(
             [[heat(means[label, r], top) for r in ratios] for label in labels],
-            column_titles=[f"tested with\n{percent(r)}" for r in ratios],
+            column_titles=[f"tested with\n{percent_masked(r)}" for r in ratios],
             row_titles=[f"trained at\n{_broken(label)}" for label in labels],
             title=f"Mean absolute error of the removed pixels, over {len(sweep.index)} pictures",
             cell=_cell(shown),
@@ -82,7 +82,7 @@ def error_figure(sweep: Sweep, shown: Shown, ratio: float, pictures: int = 2) ->
             rows,
             column_titles=["original", "masked", "reconstruction\n+ visible", "absolute error"],
             row_titles=titles,
-            title=f"Single pictures, {percent(ratio)}: blocks (0 is best), colour (0), detail kept (100 %)",
+            title=f"Single pictures, {percent_masked(ratio)}: blocks (0 is best), colour (0), detail kept (100 %)",
             cell=_cell(shown),
         ),
         scale_bar(top, "error, of 255 grey levels (plain grey: visible)"),

@@ -10,14 +10,12 @@ from models_mae import MAE_MODELS
 from models_mae_weights import has_decoder
 from util.benchmark.cost import Shape, pretraining
 from util.mae.masking import visible_count
+from util.run.args import BOOKKEEPING
 from util.run.errors import UserError
 from util.training.hub import load_weights
 
 # flags that do not make one training another kind of training
-_NOT_THE_RECIPE = {
-    "seed", "mask_ratio", "output_dir", "log_dir", "resume", "max_steps", "device", "num_workers", "log_every",
-    "save_steps", "max_bad", "eval_images", "eval_every", "maps", "grad_checkpoint", "compile", "augment_on",
-}  # fmt: skip
+_NOT_THE_RECIPE = BOOKKEEPING | {"seed", "mask_ratio", "maps"}
 
 
 @dataclass(frozen=True)
