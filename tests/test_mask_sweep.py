@@ -28,6 +28,7 @@ from models_mae import build_mae
 from models_mae_weights import load_mae
 from tests.helpers import waves
 from util.benchmark.bootstrap import multiplicities
+from util.benchmark.paired import difference
 from util.benchmark.reconstruction import METRICS
 from util.benchmark.regions import REGIONS
 from util.data.augment import EvalCrop
@@ -36,8 +37,9 @@ from util.data.sources import open_source
 from util.run.errors import UserError
 from visualize import mask_sweep
 from visualize.pictures import FLOORS, Pictures, draw_masks, heat, scale_bar, tile
-from visualize.sweep.numbers import COMPARED, mean_intervals
+from visualize.sweep.numbers import COMPARED, Sweep, mean_intervals
 from visualize.sweep.probes import by_training, read_probes
+from visualize.sweep.report import _best_pictures, _differ
 from visualize.sweep.trained import by_recipe, epochs_done, learning_curve, open_trained
 
 NAME, SIZE, PATCH, TESTED = "mae_vit_nano_patch8", 32, 8, 7
@@ -499,3 +501,53 @@ def test_script_probes_the_runs_and_reports_both(tmp_path, import_script):
     assert len(asked) == 1 and "--then" not in asked[0]
     done, _ = ask(PROBE=str(tmp_path / "nowhere"))
     assert done.returncode == 2 and "there is no PROBE" in done.stderr
+
+
+# --- intervals over seeds
+
+
+def made_up(gains: dict[str, list[float]], seeds: dict[str, list[int]], pictures: int = 40) -> Sweep:
+    """A sweep whose runs have the PSNR of their pictures plus a gain of their own."""
+    rng = np.random.default_rng(0)
+    base, trainings, measured = rng.normal(20, 2, pictures), {}, {}
+    for label, own in gains.items():
+        runs = [SimpleNamespace(ckpt=f"{label}{seed}", args={"seed": seed}, mask_ratio=0.5) for seed in seeds[label]]
+        trainings[label] = runs
+        for run, gain in zip(runs, own, strict=True):
+            values = {("model", 0.5, metric): base + gain + rng.normal(0, 0.1, pictures) for metric in COMPARED}
+            measured[run.ckpt] = SimpleNamespace(values=values, index=np.arange(pictures))
+    return Sweep([0.5], trainings, measured, [])
+
+
+def test_differences_of_repeated_trainings_cover_their_seeds():
+    """Runs that differ as much as the ways do: over pictures alone the difference would be beyond doubt."""
+    sweep = made_up({"a": [0.0, 0.6], "b": [0.5, 0.1]}, {"a": [0, 1], "b": [0, 1]})
+    entry = next(one for one in sweep.differences() if one["metric"] == "psnr_db")
+    rows = [np.stack([sweep.measured[f"{label}{s}"].values["model", 0.5, "psnr_db"] for s in (0, 1)]) for label in "ab"]
+    found = difference(rows[1], rows[0], np.arange(40))
+    assert (entry["difference"], entry["ci95"], entry["over"]) == (found.mean, found.ci95, "seeds and samples")
+    assert entry["ci95"][0] < 0 < entry["ci95"][1]
+    # other seeds: these very runs on other pictures
+    apart = made_up({"a": [0.0, 0.6], "b": [0.8, 0.9]}, {"a": [0, 1], "b": [2, 3]})
+    entry = next(one for one in apart.differences() if one["metric"] == "psnr_db")
+    assert entry["over"] == "samples" and entry["ci95"][1] < 0
+
+
+def test_the_sentences_say_what_is_certain():
+    texts = []
+    for gains, seeds in (
+        ({"a": [0.0], "b": [0.5]}, {"a": [0], "b": [0]}),
+        ({"a": [0.0, 0.01, 0.0], "b": [0.5, 0.51, 0.5]}, {"a": [0, 1, 2], "b": [0, 1, 2]}),
+        ({"a": [0.0, 0.8], "b": [0.5, 0.1]}, {"a": [0, 1], "b": [0, 1]}),
+    ):
+        sweep = made_up(gains, seeds)
+        sweep.floors = ["mean"]
+        sweep.summary = lambda row, *key, own=sweep, **_: (
+            {"mean": 10.0} if row == "mean" else Sweep.summary(own, row, *key)
+        )
+        texts.append(_best_pictures(sweep, {"differences": sweep.differences()}, 0.5))
+    assert "(of these runs; other seeds may differ)" in texts[0]
+    assert "certain" not in texts[1] and "of these runs" not in texts[1]
+    assert "which is not certain" in texts[2]
+    two = [{"mean": mean, "std": 0.01, "runs": 3} for mean in (0.5, 0.6)]
+    assert _differ(*two) and not _differ(two[0], {**two[1], "std": 0.2})
