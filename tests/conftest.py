@@ -94,7 +94,7 @@ def run_script():
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,  # two processes on a core that others use
             **options,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
