@@ -5,7 +5,7 @@ python main_finetune.py --data_path DIR --model timm:resnet50 --init timm:resnet
 python main_finetune.py ... --label_fraction 0.05      # a part of the labels, the same share of each character
 """
 
-from models_transfer import MODEL_NAMES, attach_head, start_backbone
+from models_transfer import MODEL_NAMES, attach_head, load_head, start_backbone
 from util.data.labels import open_labelled
 from util.run import args as flags
 from util.run.errors import UserError
@@ -31,6 +31,9 @@ def get_args(argv: list[str] | None = None):
     group.add_argument(
         "--layer_decay", type=flags.fraction, default=1.0, help="rate of a layer against the one above, 0..1"
     )
+    group.add_argument(
+        "--head_init", default=None, metavar="FILE", help="checkpoint of a probe to take the head from; default: fresh"
+    )
     group.add_argument("--drop_path", type=flags.ratio, default=0.0, help="stochastic depth of the last block, 0..1")
     flags.add_unfreeze_args(group, first="the head")
     return parser.parse_args(argv)
@@ -42,6 +45,8 @@ def finetune(args, here: Session) -> None:
     # a resumed run finds its weights in its checkpoint
     model = start_backbone(vars(args), here.run.say, weights=here.resume_from is None)
     attach_head(model, vars(args), len(task.classes))
+    if args.head_init and not here.resume_from:
+        load_head(model, args.head_init, task.classes)
     if not hasattr(model, "blocks") and (args.layer_decay < 1 or args.unfreeze_every):
         raise UserError(f"{args.model} has no transformer blocks: leave out --layer_decay and --unfreeze_every")
     if args.unfreeze_every and args.patience:

@@ -58,6 +58,9 @@ def get_args(argv: list[str] | None = None):
         help="standardise the embeddings by a batch norm, as the official probe does",
     )
     group.add_argument(
+        "--balanced", action="store_true", help="draw every identity equally often, however many images it has"
+    )
+    group.add_argument(
         "--feature_cache", default=None, metavar="DIR", help="where embeddings are kept; default: features/ beside RUN"
     )
     return parser.parse_args(argv)
@@ -141,6 +144,7 @@ def probe(args, here: Session) -> None:
     loader = FeatureLoader(
         views, frozen.labels("train").numpy(), task.train.fingerprint,
         batch_size=args.batch_size, accum_iter=args.accum_iter, seed=args.seed, world=here.world,
+        balanced=args.balanced,
     )  # fmt: skip
     if args.head_norm and loader.batch_size == 1:
         raise UserError("--head_norm needs batches of two images or more: raise --batch_size, or leave it out")

@@ -15,8 +15,7 @@ from util.benchmark.reconstruction import psnr
 from util.data.augment import EvalCrop, TrainCrop, standardize, to_unit
 from util.data.augment_batch import pictures
 from util.data.face_crop import open_pictures
-from util.data.images import BadImage
-from util.data.loader import held_out, open_loader
+from util.data.loader import first_held_out, open_loader
 from util.data.sheet import sheet
 from util.mae.masking import SCHEDULES, Masking, random_mask, visible_count
 from util.mae.remedies import PICTURE_LOSSES, PictureLosses
@@ -129,16 +128,7 @@ class HeldOut:
 
     def __init__(self, args, run: RunFolder, device: torch.device):
         crop = EvalCrop(flags.height_width(args.input_size))
-        images = []
-        for record, load in held_out(args):
-            try:
-                images.append(crop(load(), record))
-            except BadImage as error:
-                run.say(f"left out of the evaluation: {error}")
-            if len(images) == args.eval_images:
-                break
-        if not images:
-            raise UserError(f"{args.data_path} has no held-out images: raise --val_fraction or give --eval_images 0")
+        images = [crop(picture, record) for picture, record in first_held_out(args, run.say)]
         self.images, self.args, self.run, self.device = torch.stack(images), args, run, device
 
     def __call__(self, model, epoch: int) -> dict[str, float]:

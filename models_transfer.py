@@ -4,14 +4,14 @@ What a transfer run trains is what its checkpoint holds: everything after full f
 LoRA, the head alone after a linear probe. The rest is made again from the flags in the checkpoint, and checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models_baseline import TimmBackbone, has_statistics
+from models_baseline import BASELINE_NAMES, WITH_MEAN, build_baseline, has_statistics, is_baseline
 from models_vit import VIT_MODELS, Backbone, build_vit
 from util.run.args import height_width
 from util.run.errors import UserError
@@ -21,7 +21,10 @@ from util.training.pretrained import fingerprint_of, load_pretrained
 from util.transfer.heads import build_head
 from util.transfer.lora import LoRAConfig, add_lora, load_lora, merge_lora
 
-MODEL_NAMES = f"{', '.join(VIT_MODELS)}, or timm:NAME"
+MODEL_NAMES = (
+    f"{', '.join((*VIT_MODELS, *BASELINE_NAMES))}, or timm:NAME; {WITH_MEAN} behind a transformer of timm: embed by "
+    "the class token and the mean of the patch tokens"
+)
 
 
 def start_backbone(args: dict, say: Callable[[str], None] | None = None, *, weights: bool = True) -> Backbone:
@@ -34,21 +37,21 @@ def start_backbone(args: dict, say: Callable[[str], None] | None = None, *, weig
     """
     torch.manual_seed(args["seed"])
     size, name, drop_path = height_width(args["input_size"]), args["model"], args.get("drop_path") or 0.0
-    is_timm = name.startswith("timm:")
-    if is_timm and not args["global_pool"]:
-        raise UserError(f"{name} pools in its own way: leave out --cls_token")
-    if is_timm:
-        model = TimmBackbone(name.removeprefix("timm:"), size, drop_path)
+    if is_baseline(name):
+        if not args["global_pool"]:
+            raise UserError(f"{name} pools in its own way: leave out --cls_token")
+        model = build_baseline(name, size, drop_path)
     else:
         model = build_vit(name, img_size=size, global_pool=args["global_pool"], drop_path=drop_path)
+    model.check_size(size)
     source = model.origin = "random"
     if weights and args["init"]:
-        found = load_weights(args["init"], official_names=not is_timm)
+        found = load_weights(args["init"], official_names=not is_baseline(name))
         source, model.origin = found.source, fingerprint_of(found.state)
-        if is_timm:
-            model.load(found)
-        elif found.kind == "timm" and not has_statistics(args["init"].removeprefix("timm:"), model):
+        if found.kind == "timm" and not has_statistics(args["init"].removeprefix("timm:"), model):
             raise UserError(f"{args['init']} was trained on other pixel statistics: give it as --model too")
+        if is_baseline(name):
+            model.load(found)
         elif missing := load_pretrained(model, found, optional=("norm.", "fc_norm.")):
             source += f"; it has no {', '.join(sorted({name.split('.')[0] for name in missing}))}: fresh"
     if weights and say:
@@ -134,6 +137,23 @@ def load_recogniser(
 
 def _is_transferred(checkpoint) -> bool:
     return isinstance(checkpoint, dict) and {"model", "classes", "args"} <= checkpoint.keys()
+
+
+def load_head(model: Backbone, path: str | Path, classes: Sequence[str]) -> None:
+    """Put the trained head of a transfer checkpoint in the place of a fresh one, as for probing before fine-tuning.
+
+    (arXiv 2202.10054.) UserError for another kind of checkpoint, other classes, and another kind of head.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    if not _is_transferred(checkpoint):
+        raise UserError(f"--head_init {path} is no checkpoint of a transfer run: give checkpoint-best.pth of one")
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        raise UserError(f"--head_init {path} knows other identities than the data: train a head on these")
+    state = {name: value for name, value in checkpoint["model"].items() if name.startswith("head.")}
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+        raise UserError(f"--head_init {path} has another kind of head, or one for another model: give its --head")
+    model.load_state_dict(state, strict=False)
 
 
 def attach_head(model: Backbone, args: dict, classes: int) -> nn.Module:

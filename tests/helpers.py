@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from models_baseline import build_baseline
+from models_vit import Backbone
 from tests.conftest import ROOT
 from util.data.manifest import read_manifest
 from util.run.seed import rng_for
@@ -118,3 +120,33 @@ def kill_when_written(command: list[str], journal: Path, least: int) -> None:
     assert process.poll() is None, "it had ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+META = torch.device("meta")
+
+
+def on_meta(name: str, side: int) -> Backbone:
+    """The network without memory for its weights: shapes and counts cost nothing."""
+    with META:
+        return build_baseline(name, (side, side)).eval()
+
+
+def count(model: torch.nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_state(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Values that a trained network might have, under the names and shapes given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def value(name: str, shape: tuple) -> torch.Tensor:
+        if name.endswith("num_batches_tracked"):
+            return torch.tensor(1000)
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("running_var"):
+            return noise.abs() + 0.5
+        fan_in = shape[1:].numel() if len(shape) > 1 else 100
+        return noise / fan_in**0.5 + (len(shape) == 1 and name.endswith("weight"))
+
+    return {name: value(name, torch.Size(shape)) for name, shape in shapes.items()}

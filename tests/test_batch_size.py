@@ -56,6 +56,11 @@ def test_the_batch_fills_its_share_of_free_memory_and_no_more(monkeypatch, free)
     assert "0.00 MB each and 2 MB beside" in said
 
 
+def test_a_bound_on_memory_is_as_if_no_more_were_free(monkeypatch):
+    bounded, _ = settled(monkeypatch, 10**12, memory=10**8 / 2**30)
+    assert bounded == settled(monkeypatch, 10**8)[0] == settled(monkeypatch, 10**8, memory=50.0)[0]
+
+
 def test_the_batch_is_no_larger_than_a_step_of_the_data(monkeypatch):
     batch, said = settled(monkeypatch, 100 * 10**6, images=107, accum_iter=2)
     assert batch == 48 and "as many as the training set has" in said  # 53, in whole eights

@@ -220,10 +220,11 @@ def test_weights_of_another_network_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"theirs\.pth is no checkpoint of this network: it lacks conv1") as error:
         resnet.load(weights_of(vit.state_dict()))
     assert "--model" in message_of(error)
+    wide = TimmBackbone("vit_tiny_patch16_224", (32, 32)).state_dict()
     with pytest.raises(
-        UserError, match=r"theirs\.pth .* pos_embed is \(1, 10, 64\), this one needs \(1, 5, 64\)"
+        UserError, match=r"theirs\.pth .* cls_token is \(1, 1, 192\), this one needs \(1, 1, 64\)"
     ) as error:
-        vit.load(weights_of(TimmBackbone("test_vit", (48, 48)).state_dict()))
+        vit.load(weights_of(wide))
     assert "--input_size" in message_of(error)
 
 

@@ -36,7 +36,7 @@ class View:
 
     box: x1, y1, x2, y2, px of the stored picture. brightness, contrast, saturation: factors, 1 changes nothing.
     blur: deviation, px of the result; 0: none. erase: x1, y1, x2, y2, px of the result, filled with noise of the key
-    `noise` (0..2^24 - 1); an empty box: none.
+    `noise` (0..2^24 - 1); an empty box: none. hue: turn of the hue, -0.5..0.5 of a full circle. grey: without colour.
     """
 
     box: Box
@@ -47,6 +47,8 @@ class View:
     blur: float = 0.0
     erase: Box = NO_BOX
     noise: int = 0
+    hue: float = 0.0
+    grey: bool = False
 
     def apply(self, picture: Picture, size: tuple[int, int]) -> torch.Tensor:
         """The region resampled (bicubic, antialiased) to `size` (H, W), and so on: uint8 (3, H, W), contiguous."""
@@ -56,7 +58,8 @@ class View:
             pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
         if self.flip:
             pixels = pixels.flip(-1)
-        changed = {"jitter": (self.brightness, self.contrast, self.saturation) != (1, 1, 1), "blur": self.blur > 0}
+        jittered = (self.brightness, self.contrast, self.saturation) != (1, 1, 1)
+        changed = {"jitter": jittered, "hue": self.hue != 0, "grey": self.grey, "blur": self.blur > 0}
         if effects := [name for name, is_changed in changed.items() if is_changed]:
             pixels = apply_effects(pixels.float(), unpack(self.packed()[None]), effects).to(torch.uint8)
         pixels = pixels[0].contiguous()

@@ -29,6 +29,25 @@ def jitter(levels: torch.Tensor, views: dict[str, torch.Tensor]) -> torch.Tensor
     return _whole(levels.mul_(saturation).add_(grey))
 
 
+def hue(levels: torch.Tensor, views: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Turn the hue by `views["hue"]` (of a full circle; 0: as it is); value and chroma of HSV stay."""
+    red, green, _ = levels.unbind(1)
+    highest, lowest = levels.amax(1), levels.amin(1)
+    chroma = highest - lowest
+    from_red, from_green, from_blue = (highest - levels.movedim(1, 0)) / chroma.clamp(min=1)
+    sixths = torch.where(highest == green, 2 + from_red - from_blue, 4 + from_green - from_red)
+    sixths = torch.where(highest == red, from_blue - from_green, sixths) + 6 * views["hue"].view(-1, 1, 1)
+    # a channel lies below the highest by the chroma, but for the sixths of the circle around its own colour
+    channels = [(sixths + offset).remainder_(6) for offset in (5, 3, 1)]
+    below = torch.stack([torch.minimum(place, 4 - place).clamp_(0, 1) for place in channels], dim=1)
+    return (highest.unsqueeze(1) - chroma.unsqueeze(1) * below).round_()
+
+
+def grey(levels: torch.Tensor, views: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The luma in all three channels where `views["grey"]` is 1, as torchvision rounds it."""
+    return torch.where(views["grey"].view(-1, 1, 1, 1) > 0, _grey(levels), levels)
+
+
 def blur(levels: torch.Tensor, views: dict[str, torch.Tensor]) -> torch.Tensor:
     """Gaussian blur of deviation `views["blur"]` (px; 0: none), by torchvision's kernel, mirrored at the borders."""
     height, width = levels.shape[2:]
@@ -54,7 +73,13 @@ def erase(levels: torch.Tensor, views: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.where(inside[:, None], noise, levels)
 
 
-EFFECTS: dict[str, Callable] = {"jitter": jitter, "blur": blur, "erase": erase}  # in the order they are applied
+EFFECTS: dict[str, Callable] = {  # in the order they are applied
+    "jitter": jitter,
+    "hue": hue,
+    "grey": grey,
+    "blur": blur,
+    "erase": erase,
+}
 
 
 def apply_effects(levels: torch.Tensor, views: dict[str, torch.Tensor], names: Collection[str]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from util.data.augment import WithMaps
 from util.data.augment_batch import placed
 from util.data.batches import StepSampler, collate, end_workers, worker_options
 from util.data.face_crop import open_pictures
-from util.data.images import BadImage
+from util.data.images import BadImage, Picture
 from util.data.maps import MappedSource, open_maps
 from util.data.sources import reader
 from util.data.stream import open_stream
@@ -148,6 +148,26 @@ def held_out(args) -> Iterator[tuple[dict, Callable]]:
     # shuffled: the first images of a folder are often of one character
     order = rng_for(args.seed, "held out").permutation(len(source)).tolist()
     return ((source.record(index), partial(reader(source), index)) for index in order)
+
+
+def first_held_out(args, say: Callable[[str], None]) -> Iterator[tuple[Picture, dict]]:
+    """(picture, record) of the first --eval_images validation images that can be read; `say` is told of the others.
+
+    UserError where there is none.
+    """
+    found = 0
+    for record, load in held_out(args):
+        try:
+            picture = load()
+        except BadImage as error:
+            say(f"left out of the evaluation: {error}")
+            continue
+        yield picture, record
+        found += 1
+        if found == args.eval_images:
+            break
+    if not found:
+        raise UserError(f"{args.data_path} has no held-out images: raise --val_fraction or give --eval_images 0")
 
 
 def in_order(

@@ -131,6 +131,10 @@ def add_data_args(
         default=batch_size,
         help="images per process and step" + "; auto: the most that fit into memory" * auto_batch,
     )
+    if auto_batch:
+        group.add_argument(
+            "--memory", type=positive, default=None, metavar="GIB", help="that auto may take; default: what is free"
+        )
     group.add_argument(
         "--num_workers", type=count0, default=2, help="processes that decode images; 0 = in the main one"
     )
@@ -147,7 +151,7 @@ def add_optim_args(
     *,
     epochs: int,
     warmup_epochs: float,
-    weight_decay: float,
+    weight_decay: float | None,
     blr: float | None = None,
     lr: float | None = None,
     min_lr: float = 0.0,

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +118,15 @@ def run_all(
     devices: tuple[str, ...] = (),
     retry: int = 0,
     on_change: Callable[[], None] = lambda: None,
+    needs: Callable[[Run], Iterable[Run]] = lambda run: (),
+    display: "Display | None" = None,
 ) -> int:
     """Start what is not done, `jobs` at a time, each on one of the CUDA `devices` if there are any.
 
     A run that fails is started up to `retry` times more, unless it was a user's error; the others go on.
-    on_change is called after every run. SIGINT, SIGTERM and SIGHUP are passed on, and the runs waited for.
-    Returns the number of the signal that stopped it, or 0; how the runs ended is in their folders.
+    on_change is called after every run. needs: the runs that have to be done before one can start; where one of them
+    fails, it is left waiting. display: what shows how it goes. SIGINT, SIGTERM and SIGHUP are passed on, and the runs
+    waited for. Returns the number of the signal that stopped it, or 0; how the runs ended is in their folders.
     """
     for run in runs:
         run.check()
@@ -131,13 +134,16 @@ def run_all(
             raise UserError(f"{run.folder} is in use by a run that still goes on: wait for it or stop it")
     waiting = [run for run in runs if run.state() != "done"]
     slots, active, failures = list(range(jobs)), [], Counter()
-    with _Signals() as signals, closing(_Display(len(runs), len(runs) - len(waiting))) as display:
+    with _Signals() as signals, closing(display or Display(len(runs), len(runs) - len(waiting))) as display:
         try:
             while active or (waiting and not signals.received):
-                while waiting and slots and not signals.received:
+                while slots and not signals.received and (run := _next_ready(waiting, needs)):
+                    waiting.remove(run)
                     slot = slots.pop(0)
-                    active.append(Job(waiting.pop(0), slot, devices[slot % len(devices)] if devices else None))
+                    active.append(Job(run, slot, devices[slot % len(devices)] if devices else None))
                     display.say(f"start      {active[-1].run.label}")
+                if not active:
+                    break  # what waits needs a run that failed
                 for signum in signals.take():
                     for job in active:
                         job.send(signum)
@@ -159,6 +165,10 @@ def run_all(
             for job in active:
                 job.wait()
     return signals.received
+
+
+def _next_ready(waiting: list[Run], needs: Callable[[Run], Iterable[Run]]) -> Run | None:
+    return next((run for run in waiting if all(need.state() == "done" for need in needs(run))), None)
 
 
 class _Signals:
@@ -185,7 +195,7 @@ class _Signals:
             signal.signal(signum, handler)
 
 
-class _Display:
+class Display:
     """A line when a run starts or ends; on a terminal a bar, too, with the last word of a running one."""
 
     def __init__(self, total: int, done: int):

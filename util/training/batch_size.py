@@ -37,6 +37,8 @@ def settle_batch_size(
         checkpoint_blocks(model)
     here.world.barrier()  # the others' weights are to be there already when free memory is read
     free = free_memory_bytes(here.device) // _sharers(here)
+    if getattr(args, "memory", None) is not None:
+        free = min(free, int(args.memory * 2**30))
     with _undisturbed(model, here.device):
         step = _training_pass(args, here, model, step_fn)
         memory, kept = measure_step(step), _kept_bytes(model, here.world.size)

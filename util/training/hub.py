@@ -15,6 +15,7 @@ import functools
 import hashlib
 import http.client
 import json
+import os
 import re
 import ssl
 import urllib.error
@@ -32,7 +33,8 @@ from util.run.files import write_atomically, write_text
 from util.training.checkpoint import read_checkpoint
 from util.training.convert import State, args_from_hf, to_official
 
-RELEASE_URL = "https://dl.fbaipublicfiles.com/mae"
+# a mirror of the released files, such as https://HOST/mae, may stand in
+RELEASE_URL = os.environ.get("ANIMASK_RELEASE_URL", "https://dl.fbaipublicfiles.com/mae").rstrip("/")
 # the released files and the first digits of their MD5 as the official README prints them (None: not printed)
 RELEASES = {
     "mae_pretrain_vit_base": "8cad7c",

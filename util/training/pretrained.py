@@ -36,7 +36,7 @@ def load_pretrained(model: nn.Module, weights: Weights, optional: tuple[str, ...
     lost = [name for name in missing if not name.startswith(optional)]
     if lost:
         raise UserError(f"{weights.source} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder")
-    left = ("head", "norm.", "fc_norm.") + (() if "mask_token" in own else ("decoder", "mask_token"))
+    left = ("head.", "norm.", "fc_norm.") + (() if "mask_token" in own else ("decoder", "mask_token"))
     extra = [name for name in weights.state if name not in own and not name.startswith(left)]
     if extra:
         raise UserError(
@@ -46,23 +46,47 @@ def load_pretrained(model: nn.Module, weights: Weights, optional: tuple[str, ...
     return missing
 
 
+def load_exactly(net: nn.Module, weights: Weights, extra: tuple[str, ...] = ()) -> None:
+    """Load weights under a network's own names, all of them and no others.
+
+    extra: how names may begin that the weights have besides, such as a classifier's. UserError where they are another
+    network's; nothing is changed then.
+    """
+    own, state = net.state_dict(), weights.state
+    for name, value in own.items():
+        if name not in state:
+            raise UserError(f"{weights.source} is no checkpoint of this network: it lacks {name}; choose its --model")
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{weights.source} is a checkpoint of another model: {name} is {tuple(state[name].shape)}, "
+                f"this one needs {tuple(value.shape)}; choose the matching --model or --input_size"
+            )
+    for name in state:
+        if name not in own and not name.startswith(extra):
+            raise UserError(f"{weights.source} is a checkpoint of another or a deeper network: it also holds {name}")
+    net.load_state_dict({name: state[name] for name in own})
+
+
 def count_blocks(state: dict[str, torch.Tensor], prefix: str) -> int:
     """The number of transformer blocks under a prefix such as "blocks"."""
     return len({name.split(".")[1] for name in state if name.startswith(prefix + ".")})
 
 
-def grid_of_weights(weights: Weights, patch_size: int) -> tuple[int, int]:
-    """The (rows, columns) of patches that weights were trained on; UserError where nothing tells."""
+def grid_of_weights(weights: Weights, patch_size: int, prefix: int = 1) -> tuple[int, int]:
+    """The (rows, columns) of patches that weights were trained on; UserError where nothing tells.
+
+    prefix: tokens without a place in the picture that have a position embedding too, such as the class token.
+    """
     if "pos_embed" not in weights.state:
         raise UserError(f"{weights.source} lacks pos_embed: it is no checkpoint of a masked autoencoder")
-    size = weights.args.get("input_size")
+    size, patches = weights.args.get("input_size"), weights.state["pos_embed"].shape[1] - prefix
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         grid = height // patch_size, width // patch_size
-        if 1 + grid[0] * grid[1] == weights.state["pos_embed"].shape[1]:
+        if grid[0] * grid[1] == patches:
             return grid
     try:
-        return square_grid(weights.state["pos_embed"].shape[1] - 1)
+        return square_grid(patches)
     except ValueError as error:
         raise UserError(f"{weights.source}: {error}") from error
 

@@ -24,6 +24,7 @@ from util.run.dist import World
 from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import write_json
+from util.run.seed import rng_for
 from util.training.session import Session
 from util.transfer.encoder import Encoder, make_encoder
 
@@ -163,17 +164,19 @@ class FeatureLoader:
     """Batches of cached features for the training loop: epoch e reads view e modulo the number of views.
 
     labels: (N,) int64, for the rows of every view. Rows that are damaged in a view, hence in all, are left out.
-    Batches are no larger than the data allows.
+    Batches are no larger than the data allows. balanced: an epoch draws as many rows as there are, each of a class that
+    is as likely as any other (for re-training a classifier, arXiv 1910.09217).
     """
 
     def __init__(
         self, views: list[Features], labels: np.ndarray, fingerprint: str,
-        *, batch_size: int, seed: int, world: World, accum_iter: int = 1,
+        *, batch_size: int, seed: int, world: World, accum_iter: int = 1, balanced: bool = False,
     ):  # fmt: skip
         good = views[0].readable
         self.views = [view.embeddings[good] for view in views]
         self.labels = torch.from_numpy(labels)[good]
         self.bad, self.images, self.fingerprint = views[0].bad, len(labels), fingerprint
+        self.seed, self.balanced = seed, balanced
         self.batch_size = fitting(batch_size, accum_iter, len(self.labels), world)
         self._sampler = StepSampler(len(self.labels), self.batch_size, accum_iter, seed, world)
         self.steps, self.step_images = self._sampler.steps, self._sampler.step_images
@@ -182,10 +185,21 @@ class FeatureLoader:
         """Batches from an optimizer step of an epoch to the epoch's end."""
         self._sampler.enter(epoch, step)
         view, bad = self.views[epoch % len(self.views)], self.bad
+        drawn = self._draw(epoch) if self.balanced else None
         for keys in self._sampler:
             rows = torch.tensor([row for _, row in keys])
+            rows = rows if drawn is None else drawn[rows]
             yield {"epoch": epoch, "features": view[rows], "label": self.labels[rows], "index": rows, "bad": bad}
             bad = []
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        """As many rows (N,) as there are, every class as likely as any other; a function of the seed and the epoch."""
+        labels, rng = self.labels.numpy(), rng_for(self.seed, epoch, "balanced")
+        by_class = np.argsort(labels, kind="stable")
+        _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+        chosen = rng.integers(len(count), size=len(labels))
+        within = (rng.random(len(labels)) * count[chosen]).astype(np.int64)
+        return torch.from_numpy(by_class[first[chosen] + within])
 
     def close(self) -> None:
         """There are no processes to end."""

@@ -25,6 +25,7 @@ from torch import nn
 
 from util.run.errors import UserError
 from util.run.files import write_atomically, write_text
+from util.training.optim import blocks_prefix
 
 State = dict[str, torch.Tensor]
 
@@ -146,11 +147,12 @@ def lora_state(model: nn.Module) -> State:
 
 @torch.no_grad()
 def load_lora(model: nn.Module, state: State, source: str) -> None:
-    """Put the tensors of a `lora_state` into a model with adapters of the same config.
+    """Put the tensors of a `lora_state`, or of `load_peft`, into a model with adapters of the same config.
 
     UserError, which names the source, if they are for another model or of another config; nothing is changed then.
     """
-    own = lora_state(model)
+    own, prefix = lora_state(model), blocks_prefix(model)
+    state = {f"{prefix}{name}" if name.startswith("blocks.") else name: value for name, value in state.items()}
     if misfit := _misfit(own, state):
         raise UserError(f"the adapters of {source} do not fit: {misfit}")
     for name, value in own.items():
@@ -182,7 +184,7 @@ def _spread(b: torch.Tensor, slots: int, parts: tuple[int, ...]) -> torch.Tensor
 
 def _plain_layers(model: nn.Module, config: LoRAConfig) -> list[tuple[str, str, nn.Linear]]:
     """(name in the model, layer within the block, module) of all that the config targets, or UserError."""
-    blocks = getattr(model, "blocks", None)
+    blocks, prefix = getattr(model, "blocks", None), blocks_prefix(model)
     layers = []
     for i, block in enumerate(blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()):
         for layer in config.parts():
@@ -194,7 +196,7 @@ def _plain_layers(model: nn.Module, config: LoRAConfig) -> list[tuple[str, str, 
                 raise UserError("the model has LoRA adapters already: merge them first, or start from a plain model")
             if not isinstance(module, nn.Linear):
                 raise UserError(f"block {i} of the model has no linear {layer}: LoRA needs a plain vision transformer")
-            layers.append((f"blocks.{i}.{layer}", layer, module))
+            layers.append((f"{prefix}blocks.{i}.{layer}", layer, module))
     if not layers:
         raise UserError("the model has no transformer blocks: LoRA needs a plain vision transformer")
     return layers
@@ -224,7 +226,12 @@ def _misfit(own: State, other: State) -> str | None:
 def _layout(state: State) -> tuple[set[int], set[tuple[str, int]]]:
     """The ranks of adapters, and the (layer within the block, number of adapted parts) they are for."""
     a = {name: value.shape for name, value in state.items() if name.endswith(".lora_A") and value.ndim == 3}
-    return {shape[1] for shape in a.values()}, {(".".join(name.split(".")[2:]), shape[0]) for name, shape in a.items()}
+    return {shape[1] for shape in a.values()}, {(_within_block(name), shape[0]) for name, shape in a.items()}
+
+
+def _within_block(name: str) -> str:
+    """A name without the number of its block and what stands before that: "blocks.3.mlp.fc1" -> "mlp.fc1"."""
+    return re.sub(r"^(\w+\.)?blocks\.\d+\.", "", name)
 
 
 def _listed(values) -> str:
@@ -262,14 +269,15 @@ def save_peft(folder: str | Path, model: nn.Module, config: LoRAConfig, base_mod
     layers = dict(_adapted(model))
     if not layers:
         raise ValueError("the model has no adapters")
-    parts = {".".join(name.split(".")[2:]): layer.parts for name, layer in layers.items()}
+    parts = {_within_block(name): layer.parts for name, layer in layers.items()}
     made_with = {(layer.rank, layer.scaling) for layer in layers.values()}
     if parts != config.parts() or made_with != {(config.rank, config.scaling)}:
         raise ValueError(f"the model was not adapted with {config}")
-    tensors = {}
+    tensors, prefix = {}, blocks_prefix(model)
     for name, layer in layers.items():
         for factor, value in zip("AB", layer.factors(), strict=True):
-            tensors[f"{_PEFT_PREFIX}{name}.lora_{factor}.weight"] = value.detach().cpu().clone().contiguous()
+            key = f"{_PEFT_PREFIX}{name.removeprefix(prefix)}.lora_{factor}.weight"
+            tensors[key] = value.detach().cpu().clone().contiguous()
     own = [target for target in _LAYERS["attn.qkv"] if target in config.targets]
     metadata = {"format": "pt", _PARTS_NOTE: ",".join(own)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.benchmark.identification import classification_scores
 from util.data.augment import EvalCrop, TrainCrop, TrainView, to_unit
@@ -190,6 +191,8 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
     options["batch_size"] = fitting(args.batch_size, args.accum_iter, len(task.train), here.world)
     if options["batch_size"] < args.batch_size:
         here.run.say(f"batches of {options['batch_size']}: there are only {len(task.train)} training images")
+    if options["batch_size"] == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(f"{args.model} has batch norm, which needs batches of two images or more: raise --batch_size")
     view = placed(train_view(args), args.augment_on, task.train, device)
     loader = TrainLoader(task.train, view, classes=task.numbers, **options)
     lr = base_rate(args, loader.step_images)
