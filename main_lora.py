@@ -11,8 +11,8 @@ from util.data.labels import open_labelled
 from util.run import args as flags
 from util.training.optim import transfer_groups
 from util.training.session import Session, script
-from util.transfer.lora import TARGETS, LoRAConfig, add_lora, count_parameters, is_adapter
-from util.transfer.recipe import add_training_args, add_transfer_args, transfer
+from util.transfer.lora import LoRAConfig, add_lora, count_parameters, is_adapter
+from util.transfer.recipe import add_lora_args, add_training_args, add_transfer_args, transfer
 
 
 def get_args(argv: list[str] | None = None):
@@ -29,15 +29,7 @@ def get_args(argv: list[str] | None = None):
         color_jitter=0.1,
     )
     add_training_args(parser, head_lr=2e-4, mixes=False)
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=8, help="of each adapter, from 1 to the width of the layer")
-    group.add_argument(
-        "--alpha", type=flags.positive, default=None, help="updates are scaled by alpha / rank; default: 2 x rank"
-    )
-    group.add_argument("--lora_targets", nargs="+", default=list(TARGETS), metavar="LAYER", help=", ".join(TARGETS))
-    group.add_argument(
-        "--lora_dropout", type=flags.ratio, default=0.0, help="of the adapters' inputs, fraction in 0..1"
-    )
+    add_lora_args(parser)
     return parser.parse_args(argv)
 
 

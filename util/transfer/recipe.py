@@ -26,6 +26,7 @@ from util.training.checkpoint import read_checkpoint
 from util.training.optim import WarmupCosine, make_optimizer
 from util.training.session import Session, fit
 from util.transfer.heads import HEADS, MarginHead, set_margin_progress
+from util.transfer.lora import TARGETS
 
 BETAS = (0.9, 0.999)  # of fine-tuning and probing; pre-training has 0.95
 
@@ -97,6 +98,19 @@ def add_training_args(parser: flags.Parser, *, head_lr: float, mixes: bool) -> N
         group.add_argument(
             "--reprob", type=flags.fraction, default=0.0, help="share of images with an erased box, fraction in 0..1"
         )
+
+
+def add_lora_args(parser: flags.Parser) -> None:
+    """The shape of LoRA adapters (`util.transfer.lora.LoRAConfig`)."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, default=8, help="of each adapter, from 1 to the width of the layer")
+    group.add_argument(
+        "--alpha", type=flags.positive, default=None, help="updates are scaled by alpha / rank; default: 2 x rank"
+    )
+    group.add_argument("--lora_targets", nargs="+", default=list(TARGETS), metavar="LAYER", help=", ".join(TARGETS))
+    group.add_argument(
+        "--lora_dropout", type=flags.ratio, default=0.0, help="of the adapters' inputs, fraction in 0..1"
+    )
 
 
 def train_view(args: argparse.Namespace) -> TrainView:
