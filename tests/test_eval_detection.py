@@ -35,7 +35,7 @@ FACES = {
 
 
 def eyes_of(face) -> list[tuple]:
-    x1, y1, x2, y2 = face
+    x1, y1, x2, _ = face
     side = (x2 - x1) / 6
     return [(x1 + k * side, y1 + 2 * side, x1 + (k + 1) * side, y1 + 3 * side) for k in (1, 4)]
 
@@ -106,7 +106,7 @@ def report(data, tmp_path_factory) -> tuple[Path, dict]:
 def test_the_report_is_whole(report):
     out, results = report
     fixed = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100", "errors", "images_per_s"}
-    assert fixed <= results.keys() and set(eval_detection.KINDS) and results["finished"] is True
+    assert fixed <= results.keys() and results["finished"] is True
     assert {"localisation", "duplicate", "background", "missed"} <= results["errors"].keys()
     assert {"git_commit", "seed", "device", "versions", "data_fingerprint", "wall_seconds"} <= results.keys()
     text = (out / "report.md").read_text()
@@ -222,7 +222,7 @@ def test_the_last_part_of_a_name_is_enough_where_it_is_the_only_one(tmp_path):
 def test_a_file_of_another_form_is_refused(text, words, tmp_path):
     path = tmp_path / ("finds.csv" if text.startswith("0.png") else "finds.json")
     path.write_text(text)
-    with pytest.raises(UserError, match="(?s).*") as refused:
+    with pytest.raises(UserError) as refused:
         read_predictions(path, list(FACES))
     assert words in str(refused.value) and str(path) in str(refused.value)
 

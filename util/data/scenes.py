@@ -137,8 +137,8 @@ class Span:
 def draw_span(side: int, room: int, factor: float, kept: tuple[float, float], rng: np.random.Generator) -> Span:
     """One direction of a random view. side, room: of the picture and of the view, px. factor: between the two.
 
-    A picture that fits is put anywhere; of one that does not, a part is shown that has `kept` (first and last px) in it,
-    or as much of that as the view can hold.
+    A picture that fits is put anywhere; of one that does not, a part is shown that has `kept` (first and last px) in
+    it, or as much of that as the view can hold.
     """
     length = max(1, round(side * factor))
     if length <= room:
