@@ -170,7 +170,7 @@ def process(finder: Finder, root: Path, name: str, out: Path, args) -> dict:
     draw_boxes(picture, [eye for face in faces for eye in face.eyes], OTHER)
     draw_boxes(picture, [face.box for face in faces], FOUND, [f"{face.score:.2f}" for face in faces])
     # the whole name, suffix and all: a.png and a.jpg are two pictures
-    save(out / "drawn" / f"{name}.jpg", picture, "JPEG", quality=92)
+    save(out / "drawn" / f"{name}.jpg", picture, "JPEG", quality=92, subsampling=0)
     return {"file_name": name, "size": size, "faces": rows}
 
 

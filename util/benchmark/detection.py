@@ -15,6 +15,8 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -241,17 +243,14 @@ def match_at(shared: np.ndarray, threshold: float, ignored: np.ndarray | None = 
     A find takes the true box that it overlaps most, by `threshold` at least, of those that no better find has taken; of
     several alike the last. Those that are ignored, (G,) bool, are taken only where there is no other.
     """
-    free = np.ones(shared.shape[1], bool)
-    ignored = np.zeros(shared.shape[1], bool) if ignored is None else ignored
-    taken = np.full(len(shared), -1)
-    enough = shared >= min(threshold, 1 - 1e-10)
-    for find in np.flatnonzero(enough.any(1)):
-        open_to = enough[find] & free
-        if (open_to & ~ignored).any():
-            open_to &= ~ignored
-        if open_to.any():
-            best = len(free) - 1 - int(np.where(open_to, shared[find], -1.0)[::-1].argmax())
-            taken[find], free[best] = best, False
+    taken, gone = np.full(len(shared), -1), set()
+    finds, boxes = np.nonzero(shared >= min(threshold, 1 - 1e-10))
+    preferred = np.ones(len(boxes), bool) if ignored is None else ~ignored[boxes]
+    pairs = zip(finds.tolist(), preferred.tolist(), shared[finds, boxes].tolist(), boxes.tolist(), strict=True)
+    for find, options in groupby(pairs, key=itemgetter(0)):
+        if free := [option for option in options if option[-1] not in gone]:
+            taken[find] = max(free)[-1]
+            gone.add(int(taken[find]))
     return taken
 
 
@@ -262,14 +261,15 @@ def precision_curves(right: np.ndarray, counted: np.ndarray, truths: float, weig
     """
     if not truths:
         return np.full((len(right), len(RECALLS)), np.nan)
-    hits = np.cumsum(right * weights, axis=1)
-    precision = hits / (np.cumsum(counted * weights, axis=1) + np.spacing(1))
-    falling = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     curves = np.zeros((len(right), len(RECALLS)))
-    for curve, own, recall in zip(curves, falling, hits / truths, strict=True):
-        places = np.searchsorted(recall, RECALLS, side="left")
-        reached = places < len(own)
-        curve[reached] = own[places[reached]]
+    for curve, own, asked in zip(curves, right, counted, strict=True):
+        at = np.flatnonzero(own)  # precision is highest, and recall grows, at finds that are right
+        hits = np.cumsum(weights[at])
+        precision = hits / (np.cumsum(weights * asked)[at] + np.spacing(1))
+        falling = np.maximum.accumulate(precision[::-1])[::-1]
+        places = np.searchsorted(hits / truths, RECALLS, side="left")
+        reached = places < len(at)
+        curve[reached] = falling[places[reached]]
     return curves
 
 

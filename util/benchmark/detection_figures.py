@@ -46,7 +46,7 @@ def pr_figure(curves: Mapping[str, np.ndarray], path: Path):
 
 def size_figure(sizes: Mapping[str, Mapping], path: Path):
     """Average precision and latency by input size. sizes: {px: {"ap", "ap_ci95", "ap50", ..., "latency_ms_p50"}}."""
-    names, places = list(sizes), range(len(sizes))
+    names, places = sorted(sizes, key=int), range(len(sizes))
     figure, (left, right) = new_figure(columns=2, height=3.7)
     for colour, key in zip(COLOURS, ("ap50", "ap"), strict=False):
         values = [sizes[name][key] for name in names]

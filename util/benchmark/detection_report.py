@@ -98,10 +98,11 @@ def _sizes(sizes: Mapping[str, Mapping]) -> list[str]:
             px, *(rate(block[key], block[f"{key}_ci95"]) for key in keys),
             *(f"{block[key]:.1f}" for key in ("latency_ms_p50", "latency_ms_p95", "images_per_s")),
         ]
-        for px, block in sizes.items()
+        for px, block in sorted(sizes.items(), key=lambda pair: int(pair[0]))
     ]  # fmt: skip
     lines = table(("px", *(_COLUMNS[key] for key in keys), "latency ms, p50", "p95", "images/s"), rows)
-    return [*lines, "", "px: longer side of the input. One picture at a time, decoded before; resizing is counted."]
+    lines += ["", "px: longer side of the input. One picture at a time, decoded before; resizing is counted."]
+    return lines + [f"All else here is of {next(iter(sizes))} px."] * (len(sizes) > 1)
 
 
 def _errors(errors: Mapping) -> list[str]:
