@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models_detect import load_detector
-from models_faceboxes import KINDS, open_finder
+from models_finders import KINDS, open_finder
 from util.benchmark import detection
 from util.benchmark.detection import EYE, FACE, NAMES, Scene
 from util.benchmark.detection_errors import diagnose, taxonomy

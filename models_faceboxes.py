@@ -1,9 +1,8 @@
-"""FaceBoxes (arXiv 1708.05234), a small convolutional face detector, and `open_finder`, which opens any face finder.
+"""FaceBoxes (arXiv 1708.05234), a small convolutional face detector.
 
 Written from the paper; names of the layers are those of the state dicts in use, so that published weights load.
 """
 
-import re
 from itertools import product
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from util.data.faces import CascadeFinder, Finder, NetworkFinder, StoredFinder, UnionFinder
 from util.run.errors import UserError
 from util.training.hub import load_weights
 
@@ -19,7 +17,6 @@ MEAN_BGR = (104.0, 117.0, 123.0)  # subtracted from pixels in 0..255
 VARIANCES = (0.1, 0.2)  # scale of the offsets of centre and size
 # of each of the three maps: stride in px, then (side of the square prior in px, priors along each side of a cell)
 SCALES = ((32, ((32, 4), (64, 2), (128, 1))), (64, ((256, 1),)), (128, ((512, 1),)))
-KINDS = ("cascade:FILE.xml", "faceboxes:FILE.pth", "boxes:FILE.json")
 
 
 class ConvNorm(nn.Module):
@@ -147,26 +144,3 @@ def load_faceboxes(spec: str, device: torch.device | str = "cpu") -> FaceBoxes:
             f"{weights.source} holds no FaceBoxes weights: give a state dict such as FaceBoxesProd.pth"
         ) from error
     return model.eval().to(device)
-
-
-def open_finder(spec: str, device: torch.device | str = "cpu") -> Finder:
-    """The face finder that `spec` describes: one of KINDS, or several with "+" between them, whose finds are united.
-
-    device: where networks run. Raises UserError where the kind is unknown, or the file is missing or of another kind.
-    """
-    finders = [_open_one(part, device) for part in finder_parts(spec)]
-    return finders[0] if len(finders) == 1 else UnionFinder(finders)
-
-
-def finder_parts(spec: str) -> list[str]:
-    """ "a:X+b:Y" to ["a:X", "b:Y"]; a plus sign within a file name does not divide it."""
-    return re.split(r"\+(?=(?:cascade|faceboxes|boxes):)", spec)
-
-
-def _open_one(part: str, device: torch.device | str) -> Finder:
-    kind, _, file = part.partition(":")
-    if not file or kind not in ("cascade", "faceboxes", "boxes"):
-        raise UserError(f"face finder {part!r} is not known: give {', '.join(KINDS)}, or several with + between them")
-    if kind == "faceboxes":
-        return NetworkFinder(load_faceboxes(file, device).detect, device)
-    return CascadeFinder(file) if kind == "cascade" else StoredFinder(file)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models_faceboxes import KINDS, finder_parts, open_finder
+from models_finders import KINDS, finder_parts, open_finder
 from util.data.faces import find_faces
 from util.data.hub import PREFIX
 from util.data.images import BadImage

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image, ImageDraw
 
-from models_faceboxes import KINDS, open_finder
+from models_finders import KINDS, open_finder
 from util.data.faces import MIN_SCORE, Face, Finder, find_faces, overlaps
 from util.data.images import BadImage, decode_image
 from util.data.manifest import SPLITS, Manifest, read_manifest

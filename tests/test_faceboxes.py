@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import models_faceboxes
-from models_faceboxes import FaceBoxes, decode, load_faceboxes, make_priors, open_finder
+from models_faceboxes import FaceBoxes, decode, load_faceboxes, make_priors
+from models_finders import open_finder
 from util.data.faces import CascadeFinder, NetworkFinder, StoredFinder, UnionFinder, find_faces
 from util.run.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import fails
 from PIL import Image
 
-from models_faceboxes import open_finder
+from models_finders import open_finder
 from util.benchmark.detection import EYE, FACE
 from util.benchmark.detection_files import Stored
 from util.data.face_crop import FaceCrops

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models_detect import PictureDetector, load_detector
-from models_faceboxes import KINDS, open_finder
-from util.benchmark.detection import EYE, FACE
+from models_detect import load_detector
+from models_finders import KINDS, DetectorFinder, open_finder
 from util.benchmark.detection_figures import FOUND, OTHER, draw_boxes
 from util.data.face_crop import visible_region
-from util.data.faces import Box, Face, Finder, find_faces
+from util.data.faces import Box, Finder, find_faces
 from util.data.images import SUFFIXES, BadImage, decode_image
 from util.data.manifest import write_manifest
 from util.run.args import Parser, count, fraction, rate
@@ -57,31 +56,6 @@ def parse_args(argv: list[str] | None):
     if args.size and not args.ckpt:
         raise UserError("--size goes with --ckpt: a finder has sizes of its own, leave it out")
     return args
-
-
-class DetectorFinder:
-    """A trained detector as a face finder. An eye belongs to the face that its centre lies in, two at most.
-
-    size: longer side of the input, px; None: as in training. min_score: of an eye, 0..1.
-    """
-
-    needs_name = False
-
-    def __init__(self, detector: PictureDetector, size: int | None = None, min_score: float = 0.5):
-        self.detector, self.size, self.min_score = detector, size, min_score
-
-    def find(self, image: Image.Image, name: str | None = None) -> list[Face]:
-        """The faces of a picture; an eye may belong to two that overlap."""
-        found = self.detector.detect([image], self.size)[0]
-        is_face, is_eye = found.labels == FACE, (found.labels == EYE) & (found.scores >= self.min_score)
-        faces, eyes = (np.asarray(found.boxes, np.float64)[chosen] for chosen in (is_face, is_eye))
-        eyes = eyes[np.argsort(-found.scores[is_eye], kind="stable")]
-        centres = (eyes[:, :2] + eyes[:, 2:]) / 2
-        inside = ((centres >= faces[:, None, :2]) & (centres <= faces[:, None, 2:])).all(-1)
-        return [
-            Face(tuple(box.tolist()), float(score), tuple(sorted(tuple(eye) for eye in eyes[own][:2].tolist())))
-            for box, score, own in zip(faces, found.scores[is_face], inside, strict=True)
-        ]
 
 
 def list_pictures(images: str, out: Path) -> tuple[Path, list[str]]:

@@ -2,10 +2,11 @@
 
     CascadeFinder   OpenCV's cascade of local binary patterns: precise, frontal faces only
     NetworkFinder   a detection network, run at several sizes of the picture; also turned faces
+    DetectorFinder  a detector trained by main_detect.py (models_finders)
     StoredFinder    what another program found, from a JSON file
     UnionFinder     several of them; of overlapping faces the best
 
-A finder is opened from a line of text with `models_faceboxes.open_finder`. Profiles, faces upside down and animals are
+A finder is opened from a line of text with `models_finders.open_finder`. Profiles, faces upside down and animals are
 mostly missed by all of them. Neither the cascade nor the network looks for eyes: theirs are put where eyes mostly are
 in boxes framed as that finder frames them, then moved a little to where the picture has most edges. So a closed, hidden
 or averted eye gets a box too.
