@@ -267,9 +267,9 @@ def _large(name: str, size: int) -> Preset:
 
 
 def _tiny() -> Preset:
-    """A nano ViT and narrow CNNs at 64 px: 12 methods x 3 seeds in about 40 minutes of two CPU cores."""
+    """A nano ViT and narrow CNNs at 64 px: 12 methods x 3 seeds, estimated at 40 minutes of two CPU cores."""
     px = {"input_size": "64"}
-    tuned = "start values of scripts/quickstart.sh and RESULTS.md (Transfer) for ToonFaces, not swept"
+    tuned = "start values (ViT: those of scripts/quickstart.sh), not swept"
     few = {**px, "epochs": "4", "warmup_epochs": "1", "batch_size": "32", "clip_grad": "1"}
     cnn = Stage("main_finetune.py", {**few, "lr": "2e-3", "min_lr": "1e-5", "head_lr": "2e-3"})
     probe = Stage(
