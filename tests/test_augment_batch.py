@@ -224,7 +224,8 @@ def test_packed_parameters_come_back():
         assert back[name][0].tolist() == pytest.approx(np.float64(value).tolist(), rel=1e-6)
     assert back["box"][0].tolist() == list(view.box) and back["noise"][0] == view.noise
     neutral = {name: float(values[1]) for name, values in back.items() if values.ndim == 1}
-    assert neutral == {"flip": 0, "brightness": 1, "contrast": 1, "saturation": 1, "blur": 0, "noise": 0}
+    names = ("flip", "brightness", "contrast", "saturation", "blur", "noise", "hue", "grey")
+    assert neutral == dict(zip(names, (0, 1, 1, 1, 0, 0, 0, 0), strict=True))
 
 
 class Packed:
