@@ -23,6 +23,7 @@ from util.data.faces import MIN_SCORE, Face, Finder, find_faces, overlaps
 from util.data.images import BadImage, decode_image
 from util.data.manifest import SPLITS, Manifest, read_manifest
 from util.data.sheet import sheet
+from util.data.sources import spread
 from util.run.args import Parser, count, count0, fraction, share
 from util.run.device import pick_device
 from util.run.errors import UserError, cli
@@ -95,7 +96,7 @@ def search(finder: Finder, manifest: Manifest, limit: int | None) -> tuple[list[
     for name, box, eyes in zip(*columns, strict=True):
         truth.setdefault(name, []).extend([(box, eyes or [])] if box else [])
     names = list(truth)
-    chosen = names if limit is None or limit >= len(names) else [names[i * len(names) // limit] for i in range(limit)]
+    chosen = [names[i] for i in spread(len(names), limit or 0)]
     scenes, bad = [], []
     for name in progress(chosen, desc="faces", unit="picture"):
         path, faces = manifest.root / name, truth[name]

@@ -21,6 +21,7 @@ from util.data.foreground import estimate_foreground
 from util.data.images import decode_image
 from util.data.manifest import SPLITS, Manifest, read_manifest
 from util.data.smart_crop import saliency
+from util.data.sources import spread
 from util.run.args import Parser, count
 from util.run.errors import UserError, cli
 from util.run.log import progress, provenance, write_json
@@ -49,7 +50,7 @@ def pictures(manifest: Manifest, limit: int | None) -> Iterator[tuple[Image.Imag
     names = list(faces)
     if not names:
         raise UserError(f"{manifest.folder} has no mask_file in these splits: there is no truth to compare with")
-    chosen = names if limit is None or limit >= len(names) else [names[i * len(names) // limit] for i in range(limit)]
+    chosen = [names[i] for i in spread(len(names), limit or 0)]
     for name, mask in progress(chosen, desc="figures", unit="picture"):
         yield decode_image(manifest.root / name), decode_image(manifest.folder / mask).convert("L"), faces[name, mask]
 

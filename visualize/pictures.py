@@ -18,7 +18,7 @@ from util.data.augment import EvalCrop, to_unit
 from util.data.images import BadImage
 from util.data.maps import Maps
 from util.data.sheet import INK, PAPER
-from util.data.sources import LABELS, Source, open_source
+from util.data.sources import LABELS, Source, open_source, spread
 from util.mae.masking import random_mask, visible_count
 from util.run.args import Parser, count, count0, fraction, image_size
 from util.run.errors import UserError
@@ -83,19 +83,13 @@ class Pictures:
         pixels = view.apply(picture, self.crop.size)
         if self.maps is None:
             return pixels, None
-        return pixels, np.stack([view.crop_map(one, picture.size, self.grid) for one in self.maps.of(index)])
+        return pixels, view.crop_map(self.maps.of(index), picture.size, self.grid)
 
     @staticmethod
     def _stack(batch: list[tuple]) -> Batch:
         pixels, maps, index = zip(*batch, strict=True)
         stacked = None if maps[0] is None else torch.from_numpy(np.stack(maps))
         return Batch(to_unit(torch.stack(pixels)), torch.tensor(index), stacked)
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` indices evenly spread over range(total); all of them if wanted is 0 or too many."""
-    wanted = min(wanted, total) or total
-    return [i * total // wanted for i in range(wanted)]
 
 
 def mean_image(pictures: Pictures) -> torch.Tensor:

@@ -99,6 +99,12 @@ class FolderSource:
         return decode_image(self.manifest.path(i))
 
 
+def spread(total: int, wanted: int) -> list[int]:
+    """`wanted` indices evenly spread over range(total); all of them if wanted is 0 or too many."""
+    wanted = min(wanted, total) or total
+    return [i * total // wanted for i in range(wanted)]
+
+
 def origins(source: "Source") -> np.ndarray:
     """What each picture was cut from, itself where that is not known: (N,) str. Those of one are not independent."""
     columns = (source.column(name) for name in ("source", "file_name"))
