@@ -11,12 +11,11 @@ place.
 """
 
 import json
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,12 +26,12 @@ from util.benchmark.chains import Bench, Chain, calibration_keys, needs, unique
 from util.benchmark.leaderboard import Board, entry_of, make_board
 from util.benchmark.leaderboard_figures import draw_figures
 from util.benchmark.leaderboard_tables import About, csv_table, latex, markdown
-from util.benchmark.methods import PRESETS, WEIGHTS, Method
+from util.benchmark.methods import PRESETS, WEIGHTS, Method, with_settings
 from util.benchmark.progress_table import ProgressTable
 from util.run import args as flags
 from util.run.errors import UserError, cli
 from util.run.files import write_text
-from util.run.grid import run_all
+from util.run.grid import run_all, share_cores
 
 
 def get_args(argv: list[str] | None = None):
@@ -91,7 +90,7 @@ class Plan:
 def make_plan(args) -> Plan:
     """Choose methods, look for their weights, match their budgets. May start calibration runs."""
     preset = PRESETS[args.preset]
-    methods = with_settings(preset.choose(args.methods), args.tuned)
+    methods = with_settings(preset.choose(args.methods), read_tuned(args.tuned))
     if args.reference not in (None, *preset.methods):
         raise UserError(f"--reference {args.reference} is not in the preset: {', '.join(preset.methods)}")
     bench = open_bench(args)
@@ -120,25 +119,21 @@ def known_reasons(out: Path) -> dict[str, str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def with_settings(methods: Sequence[Method], file: Path | None) -> list[Method]:
-    """The methods with the hyper-parameters of --tuned in their transfer."""
+def read_tuned(file: Path | None) -> dict[str, dict]:
+    """The settings of --tuned, by method or pre-training."""
     if file is None:
-        return list(methods)
+        return {}
     try:
         tuned = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--tuned {file} cannot be read ({error}): give a JSON file") from error
-    known = {name for preset in PRESETS.values() for name in preset.methods}
+    methods = [method for preset in PRESETS.values() for method in preset.methods.values()]
+    known = {m.name for m in methods} | {m.pretraining.name for m in methods if m.pretraining}
     if not isinstance(tuned, dict) or not all(isinstance(settings, dict) for settings in tuned.values()):
         raise UserError(f'--tuned {file} is not of the form {{"METHOD": {{"lr": 1e-3}}}}: mend it')
     if strangers := sorted(set(tuned) - known):
         raise UserError(f"--tuned {file} names {strangers[0]}, which is no method: {', '.join(sorted(known))}")
-    return [_tuned(method, dict(tuned[method.name]), file) if method.name in tuned else method for method in methods]
-
-
-def _tuned(method: Method, settings: dict, file: Path) -> Method:
-    source = settings.pop("from", str(file))
-    return replace(method, transfer=method.transfer.but(**settings), tuned=source)
+    return {name: {"from": str(file), **settings} for name, settings in tuned.items()}
 
 
 def match(args, bench: Bench, methods: Sequence[Method], left_out: dict[str, str]) -> dict[str, Method]:
@@ -291,8 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(args)
     if args.report_only:
         conclude(args, plan, 0)
-    if args.jobs > 1:  # as many threads as there are cores, over all runs
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    share_cores(args.jobs)
     wanted = needs(plan.chains)
     signum = run_all(
         unique(plan.chains),

@@ -6,7 +6,7 @@ evaluated in the same way: "full" (ViT-B/16, ResNet-50, IR-50 at 224 px), "face1
 which two CPU cores finish and which needs no download.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from util.run.errors import UserError
@@ -106,6 +106,21 @@ class Preset:
             if name != "all" and name not in self.methods:
                 raise UserError(f"--methods {name} is not in the preset {self.name}: {', '.join(self.methods)}")
         return [method for name, method in self.methods.items() if "all" in names or name in names]
+
+
+def with_settings(methods: Iterable[Method], settings: Mapping[str, Mapping]) -> list[Method]:
+    """The methods with other flags. settings: those of a method's transfer by its name, or of a pre-training by its;
+    "from" among them says where they come from."""
+    found = []
+    for method in methods:
+        own, shared = dict(settings.get(method.name, {})), {}
+        if method.pretraining:
+            shared = dict(settings.get(method.pretraining.name, {}))
+            stage = method.pretraining.stage.but(**{k: v for k, v in shared.items() if k != "from"})
+            method = replace(method, pretraining=replace(method.pretraining, stage=stage))
+        origin = own.pop("from", shared.pop("from", method.tuned))
+        found.append(replace(method, transfer=method.transfer.but(**own), tuned=origin))
+    return found
 
 
 def _preset(name: str, size: int, methods: list[Method], evaluation: Stage, reference: str) -> Preset:

@@ -10,6 +10,7 @@ and the figure have its numbers too. With {out}, its own folder, it is given no 
 """
 
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -165,6 +166,12 @@ def run_all(
             for job in active:
                 job.wait()
     return signals.received
+
+
+def share_cores(jobs: int) -> None:
+    """Let runs that go on at the same time have as many threads as there are cores, over all of them."""
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def _next_ready(waiting: list[Run], needs: Callable[[Run], Iterable[Run]]) -> Run | None:
