@@ -60,6 +60,7 @@ def get_args(argv: list[str] | None = None):
     group.add_argument(
         "--save_embeddings", action="store_true", help="write OUT/embeddings.npz, as --embeddings takes it"
     )
+    group.add_argument("--no_figures", action="store_true", help="report.md without pictures: ten seconds less")
     group.add_argument(
         "--resume",
         default="auto",
@@ -219,7 +220,9 @@ def evaluate(args, here: Session) -> None:
     write_json(folder / "left_out.json", left_out)
     if args.save_embeddings:
         save_embeddings(folder / "embeddings.npz", bench)
-    figures = draw_figures(folder, outcomes, bench.classes, lambda role, row: subject.pictures(role).load(row))
+    figures = {}
+    if not args.no_figures:
+        figures = draw_figures(folder, outcomes, bench.classes, lambda role, row: subject.pictures(role).load(row))
     write_report(folder / "report.md", f"{subject.name} on {args.data_path}", results, figures, lists)
     here.run.results(results)  # last: it says that the evaluation is finished
     here.run.say(f"report: {folder / 'report.md'}")

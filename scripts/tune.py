@@ -83,6 +83,14 @@ class Subject:
     def stage(self) -> Stage:
         return self.method.pretraining.stage if self.is_pretraining else self.method.transfer
 
+    def differences(self, recipe: Stage) -> dict[str, str]:
+        """The flags that are not as in the recipe."""
+        return {flag: value for flag, value in self.stage.flags.items() if recipe.flags.get(flag) != value}
+
+    def place(self, recipe: Stage) -> str:
+        """The folder of its runs."""
+        return f"{self.name}/{folder_name(self.differences(recipe)) or 'recipe'}"
+
     def but(self, settings: Mapping) -> "Subject":
         """The same with some flags set otherwise."""
         [method] = with_settings([self.method], {self.name: settings})
@@ -128,13 +136,11 @@ class Trial:
 
 def trial(bench: Bench, subject: Subject, recipe: Stage, seeds: Sequence[int]) -> Trial:
     """The runs of a subject as it stands, in folders named after what differs from the recipe."""
-    differs = {flag: value for flag, value in subject.stage.flags.items() if recipe.flags.get(flag) != value}
-    place = f"{subject.name}/{folder_name(differs) or 'recipe'}"
-    method = subject.method
+    place, method = subject.place(recipe), subject.method
     renamed = replace(method, name=f"{method.name}/{place}" if subject.is_pretraining else place)
     if subject.is_pretraining:
         renamed = replace(renamed, pretraining=replace(method.pretraining, name=place))
-    return Trial(subject, differs, [bench.chain(renamed, seed) for seed in seeds])
+    return Trial(subject, subject.differences(recipe), [bench.chain(renamed, seed) for seed in seeds])
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
@@ -153,6 +159,15 @@ def search(args, bench: Bench, start: list[Subject], axes: Mapping[str, list]) -
         found = [best(of_one) for of_one in trials]
         tried |= {each.chains[0].transfer.folder: each for of_one in trials for each in of_one}
     return found, list(tried.values())
+
+
+def on_chosen(methods: Iterable[Method], found: list[Subject], recipes: Mapping[str, Stage]) -> list[Method]:
+    """The methods on the pre-training that was chosen, where it lies."""
+    chosen = {
+        subject.name: replace(subject.method.pretraining, name=subject.place(recipes[subject.name]))
+        for subject in found
+    }
+    return [replace(m, pretraining=chosen[m.pretraining.name]) if m.pretraining else m for m in methods]
 
 
 def run(args, chains: list[Chain]) -> None:
@@ -218,8 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(args.out, args.data_path, preset.evaluation, weights, args.extra)
     before, _ = subjects(methods)
     found, tried = search(args, bench, before, axes_of(args, pretraining=True))
-    settings = tuned_settings(args, found, {s.name: s.stage for s in before}, tried)
-    _, transfers = subjects(with_settings(methods, settings))
+    recipes = {subject.name: subject.stage for subject in before}
+    settings = tuned_settings(args, found, recipes, tried)
+    _, transfers = subjects(on_chosen(methods, found, recipes))
     more, further = search(args, bench, transfers, axes_of(args, pretraining=False))
     settings |= tuned_settings(args, more, {s.name: s.stage for s in transfers}, further)
     write_text(args.out / "tuned.json", json.dumps(settings, indent=2) + "\n")

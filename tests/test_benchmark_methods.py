@@ -16,7 +16,7 @@ from models_vit import VIT_MODELS
 from util.benchmark import budget as budgets
 from util.benchmark.budget import Budget, Pace, at_epochs, divide, images_pace, parse_budget, with_epochs
 from util.benchmark.chains import Bench, calibration_keys, needs, unique
-from util.benchmark.methods import PRESETS, WEIGHTS, Stage
+from util.benchmark.methods import FLOORS, PRESETS, WEIGHTS, Stage
 from util.data.batches import StepSampler
 from util.run.dist import World
 from util.run.errors import UserError
@@ -73,8 +73,10 @@ def test_a_preset_has_what_was_asked_for():
             assert methods[f"mae_adapted_{way}"].pretraining.weights == "mae"
         assert {"random_linear", "random_finetune"} <= methods.keys()
     tiny = PRESETS["tiny"].methods.values()
-    assert not any(method.needed_weights for method in tiny), "it needs no download"
-    assert all("from scratch" in method.label for method in tiny if method.name.startswith("mae"))
+    families = {method.family for method in tiny if method.needed_weights is None}
+    assert families == {"CNN", "margin", "contrastive", "MAE on this data alone", FLOORS}, "they need no download"
+    assert {method.needed_weights for method in tiny} == {None, "dino", "mae", "resnet10t", "efficientnet_lite0"}
+    assert not any("official" in method.label for method in tiny if method.name.startswith("mae_scratch"))
     for preset in PRESETS.values():
         assert preset.reference in preset.methods and all(method.tuned for method in preset.methods.values())
 
@@ -104,7 +106,7 @@ def test_pre_training_is_shared_once_per_seed_and_comes_first():
     assert len(folders) == len(set(folders)) == 3 * (2 * len(methods) + 2)
     for place, run in enumerate(runs):
         assert all(need in runs[:place] for need in wanted[run.folder])
-    users = [chain for chain in chains if chain.method.name.startswith("mae") and chain.seed == 1]
+    users = [chain for chain in chains if chain.method.name.startswith("mae_scratch") and chain.seed == 1]
     assert len(users) == 4 and len({chain.pretraining.folder for chain in users}) == 1
 
 
@@ -185,7 +187,7 @@ def test_warm_ups_keep_their_share_of_the_epochs():
 
 
 def test_methods_that_share_pre_training_still_do_under_a_budget():
-    methods = [method for method in PRESETS["tiny"].methods.values() if method.name.startswith("mae")]
+    methods = [method for method in PRESETS["tiny"].methods.values() if method.name.startswith("mae_scratch")]
     changed = [with_epochs(method, 4, 9) for method in methods]
     assert len({chain.pretraining.command for chain in bench("tiny").chains(changed, [0])}) == 1
     assert all(method.pretraining.stage.number("epochs") == 4 for method in changed)

@@ -119,6 +119,14 @@ def without_times(results: dict) -> dict:
     return {name: {k: v for k, v in results[name].items() if k != "seconds"} for name in names if name in results}
 
 
+def test_without_figures_the_numbers_are_the_same(report, people, tmp_path):
+    flags = ("--embeddings", report[0] / "embeddings.npz", "--data_path", people, "--protocols", "closed_set")
+    drawn, bare = evaluate(tmp_path / "drawn", *flags), evaluate(tmp_path / "bare", *flags, "--no_figures")
+    assert without_times(bare)["closed_set"] == without_times(drawn)["closed_set"]
+    assert list((tmp_path / "drawn").rglob("*.png")) and not list((tmp_path / "bare").rglob("*.png"))
+    assert "![" not in (tmp_path / "bare" / "report.md").read_text()
+
+
 def test_a_second_evaluation_embeds_nothing(report, people, trained, monkeypatch):
     out, results = report
     counts, embed = [], VisionTransformer.embed

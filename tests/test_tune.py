@@ -92,6 +92,7 @@ def test_pretraining_is_judged_by_the_probe_on_it_and_stays_for_the_transfers(pl
     command = json.loads(trial.read_text())["command"]
     start = Path(command[command.index("--init") + 1])
     assert start.read_text() == "0.004", "LoRA starts from the pre-training that was chosen"
+    assert sum("pretrain" in folder for folder in starts()) == 3, "which is not done again"
 
 
 def test_what_was_tuned_is_what_the_benchmark_runs(place, import_script):
