@@ -185,7 +185,7 @@ def test_what_is_not_there_is_named_with_its_reason(mixed):
 def test_margin_and_scale_are_reported_with_the_scale_that_is_needed(mixed):
     line = next(line for line in markdown(make_board(mixed), about()).splitlines() if "**resnet10t_arcface" in line)
     assert "Margin 0.2, scale 16, epochs of margin warm-up 1; minimal scale for 40 classes: 5.7" in line
-    assert "--head arcface" in line and "not swept" in line
+    assert "--head arcface" in line and "Settings: by validation top-1" in line
 
 
 def test_the_budget_and_what_was_used_are_stated(mixed):
