@@ -7,17 +7,19 @@ import csv
 import io
 import json
 import re
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from scipy import stats
 
 from util.benchmark.budget import Budget
 from util.benchmark.chains import Bench
 from util.benchmark.leaderboard import COLUMNS, Entry, Trial, compare, entry_of, make_board
-from util.benchmark.leaderboard_figures import draw_figures
+from util.benchmark.leaderboard_figures import accuracy_figure, draw_figures
 from util.benchmark.leaderboard_tables import About, csv_table, difference_cell, escape, latex, markdown
 from util.benchmark.methods import PRESETS
 
@@ -293,3 +295,24 @@ def test_figures_are_drawn_where_there_is_something_to_compare(mixed, tmp_path):
         with Image.open(file) as picture:
             assert picture.width == 1008 and len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 10
     assert draw_figures(make_board(mixed[:3]), tmp_path) == []
+
+
+def test_numbers_of_methods_that_lie_together_do_not_cover_each_other(tmp_path):
+    entries = [entry(name, key=i, latency_ms=5 + 0.02 * i) for i, name in enumerate(list(TINY.methods)[:9])]
+    figure = accuracy_figure(make_board(entries), entries, "latency_ms", tmp_path / "figure.png")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(i) for i in range(1, 10)]
+    for a, b in combinations(boxes, 2):
+        assert min(min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)) < 2
+
+
+@pytest.mark.parametrize("spread", [20.0, 3000.0])
+def test_a_wide_axis_is_logarithmic_with_few_labels(spread, tmp_path):
+    entries = [entry("random_linear", train_seconds=60.0), entry("random_finetune", key=1, train_seconds=60.0 * spread)]
+    figure = accuracy_figure(make_board(entries), entries, "train_seconds", tmp_path / "figure.png")
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    labels = [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert axis.get_scale() == "log" and 2 <= len(labels) <= 7 and not any("times" in label for label in labels)
+    assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())

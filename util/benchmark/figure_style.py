@@ -6,7 +6,7 @@ vision.
 
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from util.run.files import write_atomically
@@ -35,8 +35,11 @@ def new_figure(columns: int = 1, height: float = 4.4, **options):
     return figure, axes
 
 
-def finish(figure, title: str, path: Path, legend_of=None):
-    """Put a title, and a legend of the labels in the axes `legend_of`, around the axes; write the PNG."""
+def finish(figure, title: str, path: Path, legend_of=None, settled: Callable[[], None] | None = None):
+    """Put a title, and a legend of the labels in the axes `legend_of`, around the axes; write the PNG.
+
+    settled: called when the axes have their final size, for what is placed by the distances on paper.
+    """
     lines = textwrap.wrap(plain(title), _TITLE)
     even = textwrap.wrap(plain(title), len(title) // len(lines) + 6)  # no single word on the last line
     text = "\n".join(even if len(even) == len(lines) else lines)
@@ -49,6 +52,9 @@ def finish(figure, title: str, path: Path, legend_of=None):
         columns = max(1, min(len(unique), 96 // (longest + 8)))
         figure.legend(unique.values(), unique, loc="outside lower center", ncols=columns, frameon=False,
                       prop={"size": 9, "family": families()})  # fmt: skip
+    if settled is not None:
+        figure.draw_without_rendering()
+        settled()
     path.parent.mkdir(parents=True, exist_ok=True)
     # no version inside: the same numbers give the same file
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
