@@ -31,7 +31,7 @@ from util.benchmark.progress_table import ProgressTable
 from util.run import args as flags
 from util.run.errors import UserError, cli
 from util.run.files import write_text
-from util.run.grid import run_all, share_cores
+from util.run.grid import parse_runner_args, run_all
 
 
 def get_args(argv: list[str] | None = None):
@@ -61,17 +61,11 @@ def get_args(argv: list[str] | None = None):
     add("--weights", nargs="+", default=[], metavar="KEY=FILE", help=f"instead of a download: {', '.join(WEIGHTS)}")
     add("--tuned", type=Path, metavar="FILE", help='JSON, {"METHOD": {"lr": 1e-3, "from": "where it was chosen"}}')
     add("--reference", metavar="NAME", help="method that all are set against; default: fine-tuning from random weights")
-    add("--jobs", type=flags.count, help="runs at the same time; default: one, or one per device")
-    add("--devices", default="", metavar="0,1", help="CUDA cards that the runs are spread over, one card each")
     add("--retry", type=flags.count0, default=0, help="further attempts at a run that fails")
     add("--dry_run", action="store_true", help="print the commands and what is done of them, and start nothing")
     add("--report_only", action="store_true", help="write the leaderboard of what is done, and start nothing")
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.extra, args.seeds = tuple(argv[cut + 1 :]), list(dict.fromkeys(args.seeds))
-    args.device_names = tuple(args.devices.split(",")) if args.devices else ()
-    args.jobs = args.jobs or len(args.device_names) or 1
+    args = parse_runner_args(parser, argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
 
@@ -187,7 +181,7 @@ def time_paces(args, bench: Bench, methods: Sequence[Method], left_out: dict[str
     calibrations = bench.calibrations(methods, args.seeds[0])
     if not (args.dry_run or args.report_only):
         args.out.mkdir(parents=True, exist_ok=True)
-        signum = run_all(list(calibrations.values()), devices=args.device_names[:1], retry=args.retry)
+        signum = run_all(list(calibrations.values()), devices=args.devices[:1], retry=args.retry)
         if signum:
             sys.exit(128 + signum)
     paces = {}
@@ -286,12 +280,11 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(args)
     if args.report_only:
         conclude(args, plan, 0)
-    share_cores(args.jobs)
     wanted = needs(plan.chains)
     signum = run_all(
         unique(plan.chains),
         jobs=args.jobs,
-        devices=args.device_names,
+        devices=args.devices,
         retry=args.retry,
         on_change=Written(args, plan),
         needs=lambda run: wanted[run.folder],

@@ -24,7 +24,7 @@ from util.benchmark.methods import PRESETS, WEIGHTS, Method, Stage, with_setting
 from util.run import args as flags
 from util.run.errors import UserError, cli
 from util.run.files import write_text
-from util.run.grid import folder_name, run_all, share_cores
+from util.run.grid import folder_name, parse_runner_args, run_all
 
 PROBE = "main_linprobe.py"
 RATES = ("lr", "blr", "head_lr")
@@ -45,14 +45,8 @@ def get_args(argv: list[str] | None = None):
         help="epochs/warm-up epochs to try for transfer, such as 20/2 50/5",
     )  # fmt: skip
     add("--weights", nargs="+", default=[], metavar="KEY=FILE", help=f"instead of a download: {', '.join(WEIGHTS)}")
-    add("--jobs", type=flags.count, help="runs at the same time; default: one, or one per device")
-    add("--devices", default="", metavar="0,1", help="CUDA cards that the runs are spread over, one card each")
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.extra, args.seeds = tuple(argv[cut + 1 :]), list(dict.fromkeys(args.seeds))
-    args.device_names = tuple(args.devices.split(",")) if args.devices else ()
-    args.jobs = args.jobs or len(args.device_names) or 1
+    args = parse_runner_args(parser, argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
 
@@ -174,7 +168,7 @@ def run(args, chains: list[Chain]) -> None:
     """What is not done of them, but for the evaluation: nothing here looks at test pictures. Ends at a signal."""
     wanted = needs(chains)
     runs = [each for each in unique(chains) if each.folder not in {chain.evaluation.folder for chain in chains}]
-    signum = run_all(runs, jobs=args.jobs, devices=args.device_names, needs=lambda each: wanted[each.folder])
+    signum = run_all(runs, jobs=args.jobs, devices=args.devices, needs=lambda each: wanted[each.folder])
     if signum:
         print("stopped: the same command goes on from here")
         sys.exit(128 + signum)
@@ -229,7 +223,6 @@ def main(argv: list[str] | None = None) -> None:
         if method.needed_weights in missing:
             print(f"unavailable: {method.name}: {missing[method.needed_weights]}", file=sys.stderr)
     methods = [method for method in methods if method.needed_weights not in missing]
-    share_cores(args.jobs)
     bench = Bench(args.out, args.data_path, preset.evaluation, weights, args.extra)
     before, _ = subjects(methods)
     found, tried = search(args, bench, before, axes_of(args, pretraining=True))

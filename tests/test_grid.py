@@ -305,6 +305,21 @@ def test_a_lock_that_is_gone_soon_is_waited_for(fake, tmp_path):
     assert job.state == "done"
 
 
+@pytest.mark.parametrize(
+    ("beside", "given", "expected"), [(1, None, "none"), (2, None, "4"), (20, None, "1"), (2, "7", "7")]
+)
+def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, beside, given, expected):
+    script = tmp_path / "threads.py"
+    script.write_text("import os\nprint('threads', os.environ.get('OMP_NUM_THREADS', 'none'))")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    job = Job(Run("a", (str(script),), {}, tmp_path / "a"), 0, None, beside)
+    job.wait()
+    assert f"threads {expected}" in job.run.output.read_text().splitlines()
+
+
 def test_jobs_run_side_by_side_on_their_own_cards(fake, tmp_path):
     out, meeting = tmp_path / "out", tmp_path / "meeting"
     meeting.mkdir()

@@ -10,7 +10,6 @@ and the figure have its numbers too. With {out}, its own folder, it is given no 
 """
 
 import itertools
-import os
 import re
 import shlex
 import signal
@@ -122,7 +121,7 @@ def run_all(
     needs: Callable[[Run], Iterable[Run]] = lambda run: (),
     display: "Display | None" = None,
 ) -> int:
-    """Start what is not done, `jobs` at a time, each on one of the CUDA `devices` if there are any.
+    """Start what is not done, `jobs` at a time, each on one of the CUDA `devices` if there are any; cores are shared.
 
     A run that fails is started up to `retry` times more, unless it was a user's error; the others go on.
     on_change is called after every run. needs: the runs that have to be done before one can start; where one of them
@@ -141,7 +140,7 @@ def run_all(
                 while slots and not signals.received and (run := _next_ready(waiting, needs)):
                     waiting.remove(run)
                     slot = slots.pop(0)
-                    active.append(Job(run, slot, devices[slot % len(devices)] if devices else None))
+                    active.append(Job(run, slot, devices[slot % len(devices)] if devices else None, jobs))
                     display.say(f"start      {active[-1].run.label}")
                 if not active:
                     break  # what waits needs a run that failed
@@ -166,12 +165,6 @@ def run_all(
             for job in active:
                 job.wait()
     return signals.received
-
-
-def share_cores(jobs: int) -> None:
-    """Let runs that go on at the same time have as many threads as there are cores, over all of them."""
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def _next_ready(waiting: list[Run], needs: Callable[[Run], Iterable[Run]]) -> Run | None:
@@ -227,6 +220,20 @@ class Display:
         self.bar.close()
 
 
+def parse_runner_args(parser: Parser, argv: list[str] | None):
+    """Parse with --jobs and --devices as `run_all` takes them; `extra` has the words after a lone --."""
+    add = parser.add_argument
+    add("--jobs", type=count, help="runs at the same time; default: one, or one per device")
+    add("--devices", default="", metavar="0,1", help="CUDA cards that the runs are spread over, one card each")
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.extra = tuple(argv[cut + 1 :])
+    args.devices = tuple(args.devices.split(",")) if args.devices else ()
+    args.jobs = args.jobs or len(args.devices) or 1
+    return args
+
+
 def get_args(argv: list[str] | None = None):
     parser = Parser("Run a grid of trainings; flags after a lone -- are added to every command")
     add = parser.add_argument
@@ -239,14 +246,9 @@ def get_args(argv: list[str] | None = None):
     add("--then", metavar='"SCRIPT FLAGS"', help="what follows each run; {run} and {out} in it: its folders")
     add("--figure", metavar="X:Y", help="plot figure Y of results.json against X, a varied flag or another figure")
     add("--columns", nargs="+", metavar="FIGURE", help=f"of the table; default: {' '.join(report.COLUMNS)}")
-    add("--jobs", type=count, help="runs at the same time; default: one, or one per device")
-    add("--devices", default="", metavar="0,1", help="CUDA cards that the runs are spread over, one card each")
     add("--retry", type=count0, default=0, help="further attempts at a run that fails")
     add("--dry_run", action="store_true", help="print the commands and what is done of them, and start nothing")
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.extra = tuple(argv[cut + 1 :])
+    args = parse_runner_args(parser, argv)
     if args.figure and not re.fullmatch(r"[^:]+:[^:]+", args.figure):
         raise UserError(f"--figure {args.figure} is not of the form X:Y such as rank:test.top1")
     return args
@@ -298,12 +300,11 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be made ({error.strerror}): choose another") from error
-    devices = tuple(args.devices.split(",")) if args.devices else ()
 
     def write_tables() -> None:
         report.write_tables(args.out, collect(args, runs), args.columns or report.COLUMNS)
 
-    options = {"jobs": args.jobs or len(devices) or 1, "devices": devices, "retry": args.retry}
+    options = {"jobs": args.jobs, "devices": args.devices, "retry": args.retry}
     signum = run_all(runs, **options, on_change=write_tables)
     if args.then and not signum:
         done = [follower(args, run) for run in runs if run.state() == "done"]

@@ -114,11 +114,16 @@ def _difference(there: Iterable[str], wanted: Iterable[str]) -> tuple[str, str]:
 
 
 class Job:
-    """A run that has been started; its output goes to output.txt, which it keeps locked while it lives."""
+    """A run that has been started; its output goes to output.txt, which it keeps locked while it lives.
 
-    def __init__(self, run: Run, slot: int, device: str | None):
+    beside: how many run at the same time, this one included; they share the cores, unless OMP_NUM_THREADS is set.
+    """
+
+    def __init__(self, run: Run, slot: int, device: str | None, beside: int = 1):
         self.run, self.slot, self.process, self.started = run, slot, None, time.monotonic()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if beside > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         try:
