@@ -19,7 +19,7 @@ from models_finders import KINDS, open_finder
 from util.benchmark import detection
 from util.benchmark.detection import EYE, FACE, NAMES, Scene
 from util.benchmark.detection_errors import diagnose, taxonomy
-from util.benchmark.detection_figures import error_sheets, pr_figure, size_figure
+from util.benchmark.detection_figures import error_sheets, found_sheet, pr_figure, size_figure
 from util.benchmark.detection_files import Stored, read_predictions
 from util.benchmark.detection_report import headline, write_report
 from util.data.faces import find_faces
@@ -64,7 +64,7 @@ def get_args(argv: list[str] | None = None):
         "--score_threshold", type=flags.fraction, default=0.5, help="finds below do not count as errors, 0..1"
     )
     group.add_argument("--replicates", type=flags.count, default=1000, help="of the bootstrap over pictures")
-    group.add_argument("--sheet_pictures", type=flags.count0, default=24, help="errors on a contact sheet")
+    group.add_argument("--sheet_pictures", type=flags.count0, default=24, help="errors or pictures on a contact sheet")
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", required=True, metavar="OUT", help="folder for results.json, report.md, figures")
     group.add_argument(
@@ -232,7 +232,8 @@ def draw(args, folder: Path, data: Scenes, seen: Watched, scenes: list[Scene], r
     if args.sheet_pictures:
         own = detection.of_label(scenes, FACE)  # of every picture: faces are always known
         errors = diagnose(scenes, FACE, args.score_threshold)
-        drawn |= error_sheets(place, errors, own, lambda i: data.load(seen.numbers[i]), args.sheet_pictures)
+        pictures = (place, errors, own, lambda i: data.load(seen.numbers[i]), args.sheet_pictures)
+        drawn |= {"found": found_sheet(*pictures)} | error_sheets(*pictures)
     return {name: f"figures/{file}" for name, file in drawn.items()}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a detection report: precision against recall, input sizes, and contact sheets of the errors."""
+"""Pictures of a detection report: precision against recall, input sizes, what was found, and sheets of the errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,8 @@ from util.data.sheet import sheet
 from util.run.files import write_atomically
 
 TRUE, FOUND, OTHER = "#009E73", "#D55E00", "#56B4E9"
-CELL, COLUMNS = 200, 6
+CELL, COLUMNS = 200, 6  # of the errors
+_WIDE_CELL, _WIDE_COLUMNS = 300, 4  # of whole pictures
 _AROUND = 2.2  # side of what is shown of a picture, in the longest side of the boxes that it is about
 _LEAST = 64  # px of the picture
 _LEGEND = "green: true boxes   orange: the wrong find"
@@ -89,6 +90,39 @@ def draw_boxes(
             y = y1 - high if y1 >= high else max(0.0, y1)
             draw.rectangle((x, y, x + wide, y + high), fill=colour)
             draw.text((x + 3 - left, y + 2 - top), captions[number], fill="white", font=font)
+
+
+def found_sheet(
+    folder: Path, diagnosis: Diagnosis, scenes: Sequence[Scene], load: Callable[[int], Image.Image], most: int = 24
+) -> str:
+    """Pictures spread evenly over the data, so not chosen: right finds, wrong ones, and true boxes not found.
+
+    scenes, load: as of `error_sheets`. Returns the file name.
+    """
+    chosen = np.unique(np.linspace(0, len(scenes) - 1, min(most, len(scenes))).round().astype(int))
+    cells = [_overview(diagnosis, scenes[i], load, int(i)) for i in chosen]
+    right, taken = diagnosis.kind == RIGHT, diagnosis.taken
+    title = (
+        f"{len(chosen)} of {len(scenes)} pictures. In all: {right.sum()} right finds (blue), {(~right).sum()} wrong "
+        f"(orange), {(~taken).sum()} true boxes not found (green)"
+    )
+    rows = [cells[i : i + _WIDE_COLUMNS] for i in range(0, len(cells), _WIDE_COLUMNS)]
+    picture = sheet(rows, title=title, cell=_WIDE_CELL)
+    write_atomically(folder / "found.png", lambda part: picture.save(part, format="PNG"))
+    return "found.png"
+
+
+def _overview(diagnosis: Diagnosis, scene: Scene, load: Callable, number: int) -> Image.Image:
+    view = load(number)
+    scale = _WIDE_CELL / max(view.size)
+    view = view.resize([max(1, round(side * scale)) for side in view.size], Image.Resampling.BICUBIC)
+    unfound = diagnosis.true_number[(diagnosis.true_picture == number) & ~diagnosis.taken]
+    draw_boxes(view, scene.boxes[unfound] * scale, TRUE, width=2)
+    for right, colour in ((False, FOUND), (True, OTHER)):
+        own = (diagnosis.picture == number) & ((diagnosis.kind == RIGHT) == right)
+        captions = [f"{score:.2f}" for score in diagnosis.scores[own]]
+        draw_boxes(view, scene.found[diagnosis.number[own]] * scale, colour, captions, width=2)
+    return view
 
 
 def error_sheets(

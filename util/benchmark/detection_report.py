@@ -35,11 +35,11 @@ def headline(results: Mapping) -> str:
 
 
 def write_report(path: Path, title: str, results: Mapping, figures: Mapping[str, str]) -> None:
-    """Write report.md. results: of results.json. figures: {"precision_recall", "sizes", each of KINDS: file}."""
+    """Write report.md. results: as stored. figures: {"precision_recall", "found", "sizes", any of KINDS: file}."""
     lines = [f"# {title}", "", "Rates in per cent, with 95 % intervals by bootstrap over pictures.", ""]
     lines += [headline(results), "", "## What was compared", "", *_data(results["data"])]
     lines += ["", "## Average precision", "", *_classes(results["classes"]), *_figure(figures, "precision_recall")]
-    lines += ["", "## At a score threshold", "", *_points(results["operating_point"])]
+    lines += ["", "## At a score threshold", "", *_points(results["operating_point"]), *_figure(figures, "found")]
     if results["sizes"]:
         lines += ["", "## Input sizes", "", *_sizes(results["sizes"]), *_figure(figures, "sizes")]
     lines += ["", "## Why average precision is lost", "", *_errors(results["errors"])]

@@ -34,7 +34,8 @@ def sheet(
     """Lay pictures out as a table with titles.
 
     rows: pictures as `to_pil` takes them, or None for an empty cell. cell: side of a square cell, px;
-    pictures keep their proportions inside it. Titles may hold line breaks. Returns an RGB image.
+    pictures keep their proportions inside it, and a row is as high as its highest one. Titles may hold line breaks.
+    Returns an RGB image.
     """
     font = ImageFont.load_default(font_size)
     head_font = ImageFont.load_default(font_size + 3)
@@ -44,30 +45,34 @@ def sheet(
         left, top, right, bottom = probe.multiline_textbbox((0, 0), text, font=used)
         return int(right - left) + 1, int(bottom - top) + 5
 
+    rows = [[None if picture is None else _fitted(to_pil(picture), cell) for picture in row] for row in rows]
+    heights = [max((picture.height for picture in row if picture), default=cell) for row in rows]
     columns = max(len(row) for row in rows)
     left = max((extent(text, font)[0] for text in row_titles), default=0)
     left += gap * 2 if left else gap
     head = extent(title, head_font)[1] + gap * 2 if title else gap
     top = head + (max(extent(text, font)[1] for text in column_titles) + gap if column_titles else 0)
     width = max(left + columns * (cell + gap), extent(title, head_font)[0] + 2 * gap)
-    canvas = Image.new("RGB", (width, top + len(rows) * (cell + gap)), PAPER)
+    canvas = Image.new("RGB", (width, top + sum(heights) + len(rows) * gap), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
         draw.multiline_text((gap, gap), title, fill=INK, font=head_font)
     for c, text in enumerate(column_titles):
         x = left + c * (cell + gap) + cell / 2
         draw.multiline_text((x, top - gap), text, fill=INK, font=font, anchor="md", align="center")
-    for r, row in enumerate(rows):
-        y = top + r * (cell + gap)
+    y = top
+    for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
         if r < len(row_titles):
-            draw.multiline_text((gap, y + cell / 2), row_titles[r], fill=INK, font=font, anchor="lm")
+            draw.multiline_text((gap, y + height / 2), row_titles[r], fill=INK, font=font, anchor="lm")
         for c, picture in enumerate(row):
-            if picture is None:
-                continue
-            image = to_pil(picture)
-            scale = cell / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            image = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-            x = left + c * (cell + gap)
-            canvas.paste(image, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+            if picture is not None:
+                x = left + c * (cell + gap)
+                canvas.paste(picture, (x + (cell - picture.width) // 2, y + (height - picture.height) // 2))
+        y += height + gap
     return canvas
+
+
+def _fitted(picture: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
