@@ -37,7 +37,7 @@ def get_args(argv: list[str] | None = None):
         "--layer_decay", type=flags.fraction, default=1.0, help="rate of a layer against the one above, 0..1"
     )
     group.add_argument("--drop_path", type=flags.ratio, default=0.0, help="stochastic depth of the last block, 0..1")
-    group.add_argument("--width", type=flags.count, default=256, help="channels of pyramid and head, a multiple of 32")
+    group.add_argument("--width", type=flags.count, default=256, help="channels of pyramid and head: 64, 96, 128, ...")
     group.add_argument("--convs", type=flags.count, default=4, help="layers of each tower of the head")
     add_lora_args(parser)
     group = parser.add_argument_group("augmentation")

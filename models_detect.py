@@ -173,8 +173,9 @@ def build_detector(args: dict, say=None, *, weights: bool = True) -> Detector:
 
     say, weights: as of `models_transfer.start_backbone`. UserError for a network that has no maps.
     """
-    if args["width"] % 32:
-        raise UserError(f"--width {args['width']} is no multiple of 32, which the head's group norms need: choose one")
+    if args["width"] % 32 or args["width"] < 64:
+        # 32 groups, and more than one value in each: of a map of a single place too
+        raise UserError(f"--width {args['width']} does not suit the head's group norms: give a multiple of 32, from 64")
     net = start_backbone({**args, "global_pool": True}, say, weights=weights)
     torch.manual_seed(args["seed"])
     if args["train"] == "lora":

@@ -49,7 +49,7 @@ def squares(tmp_path_factory):
 
 def flags(data, run, *more):
     """18 training pictures: three steps of 6 in each of two epochs."""
-    recipe = "--model vit_nano_patch16 --input_size 64x128 --batch_size 6 --epochs 2 --warmup_epochs 1 --width 32"
+    recipe = "--model vit_nano_patch16 --input_size 64x128 --batch_size 6 --epochs 2 --warmup_epochs 1 --width 64"
     recipe += " --convs 1 --device cpu --num_workers 0 --log_every 2 --lr 1e-3"
     return ["--data_path", str(data), "--output_dir", str(run), *recipe.split(), *map(str, more)]
 

@@ -20,7 +20,7 @@ SIZE = (64, 96)
 
 def flags(**changed) -> dict:
     return {
-        "model": "vit_nano_patch8", "init": None, "input_size": list(SIZE), "seed": 0, "train": "full", "width": 32,
+        "model": "vit_nano_patch8", "init": None, "input_size": list(SIZE), "seed": 0, "train": "full", "width": 64,
         "convs": 1, "rank": 2, "alpha": None, "lora_targets": ["q", "v"], "lora_dropout": 0.0, **changed,
     }  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_maps_lie_where_their_strides_say(name, strides):
     model = built(model=name).eval()
     maps = model.backbone(torch.rand(1, 3, 128, 192))
     assert model.backbone.strides == strides and model.multiple == strides[-1]
-    assert [tuple(one.shape[1:]) for one in maps] == [(32, 128 // s, 192 // s) for s in strides]
+    assert [tuple(one.shape[1:]) for one in maps] == [(64, 128 // s, 192 // s) for s in strides]
     loss = sum(model.train()(torch.rand(2, 3, 128, 192), TARGETS).values())
     loss.backward()
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -157,8 +157,17 @@ def test_with_lora_the_adapters_learn_and_the_rest_of_the_backbone_does_not():
     assert own and all("lora_" in key for key in own) and any(key.startswith("head.") for key in changed)
 
 
+def test_a_picture_as_small_as_the_last_stride_is_looked_at():
+    model = built().eval()
+    finder = PictureDetector(model, torch.device("cpu"), 1)
+    assert model.multiple == 32  # so that the last map is a single place
+    found = finder.detect([Image.new("RGB", (9, 7))])[0]
+    assert np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()
+
+
 def test_networks_without_maps_and_odd_widths_are_refused():
-    with pytest.raises(UserError, match="multiple of 32"):
-        built(width=40)
+    for width in (32, 72):  # 32 channels in 32 groups: one value each where the last map has one place
+        with pytest.raises(UserError, match="multiple of 32, from 64"):
+            built(width=width)
     with pytest.raises(UserError, match="no maps of strides"):
         built(model="timm:vit_tiny_patch16_224", input_size=[224, 224])
