@@ -26,7 +26,7 @@ from util.data.faces import find_faces
 from util.data.images import BadImage
 from util.data.roles import ROLES
 from util.data.scenes import Scenes
-from util.data.sources import LABELS, open_source
+from util.data.sources import LABELS, open_source, spread
 from util.run import args as flags
 from util.run.errors import UserError
 from util.run.log import provenance, write_json
@@ -125,10 +125,10 @@ class Watched(NamedTuple):
 def watch(args, here: Session, subject: Subject, data: Scenes) -> Watched:
     """Find what there is in each picture at each size. UserError where too many pictures cannot be read."""
     seen = Watched([], {size: [] for size in subject.sizes}, {size: [] for size in subject.sizes}, [])
-    count = min(args.images or len(data), len(data))
+    chosen = spread(len(data), args.images)
     hidden = occlusions(data)
-    with here.run.progress(total=count, desc="finding", unit="picture") as bar:
-        for i in (number * len(data) // count for number in range(count)):
+    with here.run.progress(total=len(chosen), desc="finding", unit="picture") as bar:
+        for i in chosen:
             bar.update()
             try:
                 picture = data.load(i)
@@ -141,11 +141,11 @@ def watch(args, here: Session, subject: Subject, data: Scenes) -> Watched:
                 finds = subject.find(i, picture, size)
                 seen.seconds[size].append(time.perf_counter() - started)
                 seen.scenes[size].append(detection.make_scene(data.record(i), finds, picture.size, hidden[i]))
-    if len(seen.bad) > args.max_bad * count or not seen.numbers:
+    if len(seen.bad) > args.max_bad * len(chosen) or not seen.numbers:
         worst = seen.bad[0]
         raise UserError(
-            f"{len(seen.bad)} of {count} pictures cannot be read, such as {worst['file_name']} ({worst['reason']}): "
-            "mend them, or raise --max_bad"
+            f"{len(seen.bad)} of {len(chosen)} pictures cannot be read, such as {worst['file_name']} "
+            f"({worst['reason']}): mend them, or raise --max_bad"
         )
     return seen
 

@@ -113,9 +113,7 @@ def found_sheet(
 
 
 def _overview(diagnosis: Diagnosis, scene: Scene, load: Callable, number: int) -> Image.Image:
-    view = load(number)
-    scale = _WIDE_CELL / max(view.size)
-    view = view.resize([max(1, round(side * scale)) for side in view.size], Image.Resampling.BICUBIC)
+    view, scale = _scaled(load(number), _WIDE_CELL)
     unfound = diagnosis.true_number[(diagnosis.true_picture == number) & ~diagnosis.taken]
     draw_boxes(view, scene.boxes[unfound] * scale, TRUE, width=2)
     for right, colour in ((False, FOUND), (True, OTHER)):
@@ -123,6 +121,12 @@ def _overview(diagnosis: Diagnosis, scene: Scene, load: Callable, number: int) -
         captions = [f"{score:.2f}" for score in diagnosis.scores[own]]
         draw_boxes(view, scene.found[diagnosis.number[own]] * scale, colour, captions, width=2)
     return view
+
+
+def _scaled(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
+    """A picture at a longer side of `side` px, and the factor to it: boxes are drawn afterwards, in sharp lines."""
+    scale = side / max(picture.size)
+    return picture.resize([max(1, round(length * scale)) for length in picture.size], Image.Resampling.BICUBIC), scale
 
 
 def error_sheets(
@@ -171,9 +175,7 @@ def _cell(diagnosis: Diagnosis, scenes: Sequence[Scene], load: Callable, number:
     if truth >= 0:
         about.append(_true_box(diagnosis, scenes, truth))
     region = _region(np.array(about), scene.size)
-    view = load(picture).crop(region)
-    scale = CELL / max(view.size)
-    view = view.resize([max(1, round(side * scale)) for side in view.size], Image.Resampling.BICUBIC)
+    view, scale = _scaled(load(picture).crop(region), CELL)
 
     def placed(boxes) -> np.ndarray:
         return (np.asarray(boxes).reshape(-1, 4) - [*region[:2], *region[:2]]) * scale
