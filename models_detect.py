@@ -30,9 +30,10 @@ from models_vit import Backbone, VisionTransformer
 from util.data.augment import to_unit
 from util.data.scenes import CLASSES, letterbox
 from util.run.args import height_width
-from util.run.device import autocast, pick_precision
+from util.run.device import autocast, pick_precision, upsampled
 from util.run.errors import UserError
 from util.training.checkpoint import read_checkpoint
+from util.training.hub import load_weights
 from util.transfer.lora import LoRAConfig, add_lora
 
 KIND = "detector"  # of a checkpoint, in its notes
@@ -56,8 +57,9 @@ class SimplePyramid(nn.Module):
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
         """(N, D, H, W) -> four maps (N, width, ...), finest first."""
-        pairs = zip(self.resample, self.project, strict=True)
-        return [project(resample(features)) for resample, project in pairs]
+        finest, *others = self.resample
+        maps = [upsampled(finest, features), *(resample(features) for resample in others)]
+        return [project(own) for project, own in zip(self.project, maps, strict=True)]
 
 
 def _projection(channels: int, width: int) -> nn.Sequential:
@@ -232,11 +234,12 @@ class PictureDetector:
 
 
 def load_detector(ckpt: str | Path, device: torch.device | str = "cpu", size: int | None = None) -> PictureDetector:
-    """Read a checkpoint of main_detect.py. size: longer side that pictures are shown at, px; default: as in training.
+    """Read a checkpoint of main_detect.py, or a safetensors file made of one (scripts/make_demo_weights.py).
 
-    UserError for another kind of checkpoint, and where its start weights are no longer what the run began with.
+    size: longer side that pictures are shown at, px; default: as in training. UserError for another kind of checkpoint,
+    and where its weights do not fit its flags.
     """
-    checkpoint = read_checkpoint(Path(ckpt))
+    checkpoint = _read(Path(ckpt))
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
         raise UserError(f"{ckpt} is no checkpoint of main_detect.py: give checkpoint-best.pth of such a run")
     args = checkpoint["args"]
@@ -246,3 +249,10 @@ def load_detector(ckpt: str | Path, device: torch.device | str = "cpu", size: in
     except RuntimeError as error:
         raise UserError(f"{ckpt} does not fit its own flags: {str(error).splitlines()[-1].strip()}") from error
     return PictureDetector(model, torch.device(device), size or max(height_width(args["input_size"])))
+
+
+def _read(path: Path) -> dict:
+    if path.suffix != ".safetensors":
+        return read_checkpoint(path)
+    weights = load_weights(str(path), official_names=False)
+    return {"kind": weights.args.get("kind"), "args": weights.args, "model": weights.state}

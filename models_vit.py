@@ -234,7 +234,7 @@ class VisionTransformer(Backbone):
         pos_embed = resample_pos_embed(self.pos_embed, self.grid, grid)
         x = self.patch_embed(patchify(self.standardize(images), self.patch_size))
         x = x + pos_embed[:, 1:]  # under autocast this keeps the residual stream in float32
-        cls = (self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # len() would fix the batch on export
         x = torch.cat([cls, x], dim=1)
         for block in self.blocks:
             x = block(x)

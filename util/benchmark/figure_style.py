@@ -21,14 +21,17 @@ _TITLE = 68  # characters of a line
 _EASTERN = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "Hiragino Sans", "Yu Gothic", "MS Gothic", "SimHei")
 
 
-def new_figure(columns: int = 1, height: float = 4.4, **options):
-    """A matplotlib Figure of 1008 px in width and its axes, one or an array of `columns`. height: inches."""
+def new_figure(columns: int = 1, height: float = 4.4, rows: int = 1, dpi: int = _DPI, **options):
+    """A matplotlib Figure of 7.2 inches (1008 px) in width and its axes: one, or an array, `columns` or rows x columns.
+
+    height: inches, of all of it.
+    """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), dpi=dpi, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    axes = figure.subplots(1, columns, **options)
-    for each in [axes] if columns == 1 else axes:
+    axes = figure.subplots(rows, columns, **options)
+    for each in [axes] if columns == rows == 1 else axes.flat:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.3, linewidth=0.6)
         each.set_axisbelow(True)

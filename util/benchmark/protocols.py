@@ -199,7 +199,7 @@ def verification(
     if split is None:
         raise Skipped("no labelled open_test or test or val split")
     options = {"negatives": negatives, "positives_per_identity": positives_per_identity, "signatures": signatures}
-    pairs, dropped = _pairs_of(bench, split, **options)
+    pairs, dropped = pairs_of(bench, split, **options)
     scores, codes = pair_scores(split.embeddings, pairs.a, pairs.b), split.codes()
     boot = {"replicates": bench.replicates, "seed": bench.seed}
 
@@ -223,7 +223,7 @@ def verification(
     return Outcome(results, {"split": split, "pairs": pairs, "scores": scores})
 
 
-def _pairs_of(bench: Bench, split: Split, *, signatures, **options) -> tuple[Pairs, dict[str, int]]:
+def pairs_of(bench: Bench, split: Split, *, signatures, **options) -> tuple[Pairs, dict[str, int]]:
     """The pair list of a split. Two pictures from one source are no test of recognition: such pairs are left out."""
     looks = None if signatures is None else signatures(split)
     pairs = sample_pairs(split.codes(), seed=bench.seed, signatures=looks, **options)
@@ -234,7 +234,7 @@ def _pairs_of(bench: Bench, split: Split, *, signatures, **options) -> tuple[Pai
 
 def _tried_threshold(bench: Bench, tuned: Split, scores: np.ndarray, pairs: Pairs, options: dict) -> dict:
     """The threshold of the highest balanced accuracy on the pairs of another split, and what it does here."""
-    own, _ = _pairs_of(bench, tuned, **options)
+    own, _ = pairs_of(bench, tuned, **options)
     random = own.kind != KINDS.index("hard")
     own_scores = pair_scores(tuned.embeddings, own.a[random], own.b[random])
     try:
@@ -339,20 +339,13 @@ def few_shot(bench: Bench, *, settings: tuple[tuple[int, int], ...], count: int)
     They are those of the novel split; where it has too few of them, or too few pictures of each, for a setting, those
     of open_test join them for that setting. A block's "on" says which.
     """
-    novel, others = bench.first("novel"), bench.first("open_test")
-    if novel is None and others is None:
-        raise Skipped("no novel or open_test split: identities that were never trained on")
-    pools = [split for split in (novel, others if novel is None else None) if split is not None]
-    if novel is not None and others is not None:
-        pools.append(join_splits(novel, others))
+    pools = few_shot_pools(bench)
     train = bench.split("train")
     base_mean = None if train is None else train.embeddings.mean(axis=0)
     options = {"count": count, "replicates": bench.replicates, "seed": bench.seed}
     results: dict = {}
     for setting in settings:
-        for pool in pools:
-            # sorted: the same episodes whatever order the rows are in
-            split = pool.take(np.argsort(pool.facts["sample_id"].astype(str)))
+        for split in pools:
             found = few_shot_report(
                 split.embeddings, split.codes(), (setting,), base_mean, sources=split.sources, **options
             )
@@ -361,6 +354,17 @@ def few_shot(bench: Bench, *, settings: tuple[tuple[int, int], ...], count: int)
             if "skipped" not in block:
                 break
     return Outcome(results)
+
+
+def few_shot_pools(bench: Bench) -> list[Split]:
+    """What episodes are drawn from, the first choice first; rows sorted, that their order does not matter."""
+    novel, others = bench.first("novel"), bench.first("open_test")
+    if novel is None and others is None:
+        raise Skipped("no novel or open_test split: identities that were never trained on")
+    pools = [split for split in (novel, others if novel is None else None) if split is not None]
+    if novel is not None and others is not None:
+        pools.append(join_splits(novel, others))
+    return [pool.take(np.argsort(pool.facts["sample_id"].astype(str))) for pool in pools]
 
 
 def long_tail(bench: Bench, *, many: int, few: int, imbalance: float | None = None) -> Outcome:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
+from util.run.device import widest_float
+
 METRICS = ("psnr_db", "psnr_masked_db", "ssim", "loss", "blockiness", "delta_e", "hf_energy_ratio")
 
 
@@ -86,7 +88,7 @@ def _decibel(mse: torch.Tensor) -> torch.Tensor:
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """Double precision, which matrix products never round to TF32; single on Apple's GPUs, which have no other."""
-    return x if x.device.type == "mps" else x.double()
+    return x.to(widest_float(x.device))
 
 
 def _window_means(maps: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from util.run.device import area_average
+
 PICTURE_LOSSES = ("multiscale", "frequency", "colour", "feature")
 SCALES = (2, 4, 8)  # px
 LONGEST_WAVE = 8  # px, of what counts as detail
@@ -86,7 +88,7 @@ def feature_loss(
     losses = []
     for one, other in zip(wanted, features(pasted), strict=True):
         one, other = (_precise(layer) for layer in (one, other))
-        share = F.interpolate(area, size=one.shape[-2:], mode="area")[:, 0]
+        share = area_average(area, one.shape[-2:])[:, 0]
         distance = (F.normalize(one, dim=1, eps=eps) - F.normalize(other, dim=1, eps=eps)).square().sum(dim=1)
         losses.append((distance * share).sum(dim=(1, 2)) / share.sum(dim=(1, 2)))
     return torch.stack(losses).mean()

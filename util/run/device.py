@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from util.run.errors import UserError
 
@@ -103,6 +104,41 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """A gradient scaler, switched on for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def heeds_found_inf(device: torch.device) -> bool:
+    """Whether fused AdamW leaves the weights alone where `optimizer.found_inf` is 1, so that the host need not wait.
+
+    The kernel of MPS is handed the tensor and does not read it (FusedAdamWKernelImpl.mm of PyTorch), neither for a
+    gradient that is not finite nor for one that overflowed under a gradient scaler.
+    """
+    return device.type != "mps"
+
+
+def upsampled(layer: torch.nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """layer(x); on MPS in float32, because transposed convolutions of bfloat16 fail there.
+
+    torch lists them so (torch/testing/_internal/common_mps.py, 2.14).
+    """
+    if x.device.type != "mps":
+        return layer(x)
+    with torch.autocast("mps", enabled=False):
+        return layer(x.float())
+
+
+def area_average(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(N, C, H, W) -> (N, C, *size), the mean over the area of each new pixel.
+
+    MPS averages where sizes divide alone (pytorch/pytorch issue 96056); for others the CPU does it.
+    """
+    if x.device.type == "mps" and any(old % new for old, new in zip(x.shape[-2:], size, strict=True)):
+        return F.interpolate(x.cpu(), size=size, mode="area").to(x.device)
+    return F.interpolate(x, size=size, mode="area")
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or on MPS, which has none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def use_compile(choice: str, device: torch.device, steps: int) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from util.run.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -47,7 +49,12 @@ def read_world() -> World:
 
 
 def join(world: World, device: torch.device) -> None:
-    """Form the process group: NCCL between CUDA cards, gloo otherwise."""
+    """Form the process group: NCCL between CUDA cards, gloo otherwise. UserError for several processes on MPS."""
+    if world.size > 1 and device.type == "mps":  # gloo moves what lies in the memory of the CPU or of CUDA cards
+        raise UserError(
+            f"{world.size} processes cannot share the gradients of an Apple GPU: start one without torchrun, or give "
+            "--device cpu"
+        )
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

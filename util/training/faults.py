@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from util.run.device import heeds_found_inf
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.files import write_text
@@ -28,7 +29,7 @@ class NonFiniteGuard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device):
         self.optimizer, self.scaler = optimizer, scaler
-        self.on_host = device.type == "mps"  # fused AdamW of MPS takes no notice of found_inf
+        self.on_host = not heeds_found_inf(device)
         self.held = torch.zeros((), device=device)  # 1 from the first step with a bad gradient on
         self.first = torch.zeros((), device=device)  # that step, or the first with a bad loss; counted from 1
         self.last = 0  # the latest step
@@ -46,10 +47,13 @@ class NonFiniteGuard:
             self.optimizer.found_inf = self.held
             finite = finite & (self.held == 0)
         self.first = torch.where((self.first == 0) & ~finite, float(step + 1), self.first)
-        if self.on_host and not self.scaler.is_enabled() and self.held:
-            return
-        self.scaler.step(self.optimizer)
+        if not (self.on_host and self._withhold(norm)):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _withhold(self, norm: torch.Tensor) -> bool:
+        """Whether the host keeps this update back. Under a scaler only this one: the next has a smaller scale."""
+        return bool(~torch.isfinite(norm) if self.scaler.is_enabled() else self.held)
 
     def first_bad_step(self) -> int:
         """The first non-finite step, counted from 1, or 0 if there was none. Waits for the device."""

@@ -149,7 +149,10 @@ def _args_of(content: dict, path: Path) -> dict:
     config = path.with_name("config.json")
     if config.is_file():
         try:
-            return args_from_hf(json.loads(config.read_text(encoding="utf-8")))
+            known = json.loads(config.read_text(encoding="utf-8"))
+            if "img_size" in known:  # of models_hub: the arguments that the model is built with
+                return known | {"input_size": known["img_size"]}
+            return args_from_hf(known)
         except (ValueError, TypeError) as error:
             raise UserError(f"{config} is damaged ({_reason(error)}): restore it or remove it") from error
     return {}
@@ -173,12 +176,29 @@ def _choose_file(names: Iterable[str], where: str) -> str:
     raise UserError(f"{where} holds no checkpoint: looked for {', '.join(USUAL_FILES)} and *.pth")
 
 
-def _from_hub(name: str) -> Weights:
+def hub_folder(spec: str, files: Iterable[str]) -> Path:
+    """The local folder of some files of hf:OWNER/REPO[@REVISION], downloaded if they are not in the cache.
+
+    UserError where one of them cannot be had.
+    """
+    repo, file, revision = _parse(spec.removeprefix("hf:"))
+    if file:
+        raise UserError(f"{spec} names a file: give the repository, hf:OWNER/REPO[@REVISION]")
+    places = [_hub_file(repo, name, revision) for name in files]
+    return places[0].parent
+
+
+def _parse(name: str) -> tuple[str, str | None, str | None]:
+    """(repository, file, revision) of OWNER/REPO[/FILE][@REVISION]."""
     parsed = re.fullmatch(r"(?P<repo>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?", name)
     if parsed is None:
         raise UserError(f"hf:{name} is not of the form hf:OWNER/REPO[/FILE][@REVISION]")
-    repo, revision = parsed["repo"], parsed["revision"]
-    file = parsed["file"] or _choose_file(_hub_files(repo, revision), f"hf:{repo}")
+    return parsed["repo"], parsed["file"], parsed["revision"]
+
+
+def _from_hub(name: str) -> Weights:
+    repo, file, revision = _parse(name)
+    file = file or _choose_file(_hub_files(repo, revision), f"hf:{repo}")
     path = _hub_file(repo, file, revision)
     if path.suffix in (".safetensors", ".bin"):
         with suppress(UserError):  # not every repository has one; it lands beside the weights
@@ -187,15 +207,13 @@ def _from_hub(name: str) -> Weights:
 
 
 def _hub_files(repo: str, revision: str | None) -> list[str]:
-    """The file names of a hub repository; without a connection, the usual ones that are in the local cache."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    """The file names of a hub repository; without a connection, those that are in the local cache."""
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     if _offline():
-        cached = [
-            name for name in USUAL_FILES if isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
-        ]
-        if cached:
-            return cached
+        with suppress(OSError):  # LocalEntryNotFoundError is one
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         raise _not_to_be_had(repo, "its checkpoint", f"{constants.ENDPOINT}/{repo}", _NO_CONNECTION)
     try:
         return HfApi().list_repo_files(repo, revision=revision)

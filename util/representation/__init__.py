@@ -1,0 +1,1 @@
+"""What a network has learned, made visible: attention, tokens, similarity of layers. Pure functions on built models."""
