@@ -36,7 +36,7 @@ from util.transfer.face_sheet import sheet_rows, write_sheets
 from util.transfer.face_store import Faces, FaceStore
 from util.transfer.face_table import FaceTable, fresh_rows, wishes
 from util.transfer.gallery import Gallery
-from util.transfer.naming import UNKNOWN, Name, name_clusters, stranger_threshold
+from util.transfer.naming import UNKNOWN, Name, name_faces, share_names, stranger_threshold
 
 WHOLE = "whole"  # --finder: pictures that are faces already
 PADDING = 0.6  # as much around a face as class folders of anime faces mostly show
@@ -75,9 +75,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--far", type=flags.fraction, default=0.01,
         help="share of strangers that may get a name, as the gallery itself can tell, fraction in 0..1",
     )  # fmt: skip
+    group.add_argument(
+        "--name_by", choices=("face", "cluster"), default="face",
+        help="cluster: where half of a cluster has a name, mostly the same, all of it has: more names, less sure",
+    )  # fmt: skip
     group.add_argument("--clustering", choices=METHODS, default=METHODS[0], help="how faces are grouped")
     group.add_argument(
-        "--similarity", type=flags.number(float, -1.0, 1.0), default=0.5,
+        "--similarity", type=flags.number(float, -1.0, 1.0), default=0.34,
         help="mean cosine at which clusters are joined, -1..1 (agglomerative)",
     )  # fmt: skip
     group.add_argument("--least", type=flags.number(int, 2), default=3, help="faces that make a cluster (hdbscan)")
@@ -122,7 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     options = {"method": args.clustering, "similarity": args.similarity, "least": args.least, "seed": args.seed}
     clusters = cluster_faces(table.embeddings, **options)
     threshold, origin = choose_threshold(args, gallery)
-    names = name_clusters(gallery, table.embeddings, clusters, threshold)
+    names = name_faces(gallery, table.embeddings, threshold)
+    if args.name_by == "cluster":
+        names = share_names(names, clusters)
 
     table.write(out / "faces.csv", names, clusters)
     rows = sheet_rows(names, clusters, table.embeddings)

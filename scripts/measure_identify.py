@@ -3,10 +3,11 @@
     python eval_recognition.py --ckpt W --data_path DIR --output_dir EVAL --protocols open_set --save_embeddings
     python scripts/measure_identify.py --embeddings EVAL/embeddings.npz --data_path DIR --out identify.json
 
-Clusters: B-cubed and pairwise F1 on every split, for both methods; their one setting is chosen on open_val, whose
-characters were never trained on. Names: a gallery of --shots pictures of each character; probes are other pictures of
-them, and of characters that are in no gallery. "trained": characters that the network knows, from train, probes from
-test, strangers from open_test. "new": characters of open_test, strangers from open_val; nobody was trained on.
+Clusters: B-cubed and pairwise F1 of several collections, for both methods; their one setting is chosen on val and
+open_val together, known and new characters. Names: a gallery of --shots pictures of each character; probes are other
+pictures of them, and of characters that are in no gallery. "trained": characters that the network knows, from train,
+probes from test, strangers from open_test. "new": characters of open_test, strangers from open_val; nobody was trained
+on.
 """
 
 import sys
@@ -27,9 +28,9 @@ from util.run.seed import rng_for
 from util.training.checkpoint import plain_args
 from util.transfer.clusters import cluster_faces
 from util.transfer.gallery import Gallery, unit
-from util.transfer.naming import UNKNOWN, name_clusters, stranger_threshold
+from util.transfer.naming import UNKNOWN, name_faces, share_names, stranger_threshold
 
-TUNED_ON = "open_val"
+TUNED_ON = ("val", "open_val")
 GRID = {
     "agglomerative": {"similarity": [round(0.02 * step, 2) for step in range(5, 46)]},
     "hdbscan": {"least": [2, 3, 4, 5, 6, 8, 10]},
@@ -54,9 +55,9 @@ def get_args(argv: list[str] | None = None):
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     splits = labelled(args.embeddings, args.data_path)
-    if TUNED_ON not in splits:
-        raise UserError(f"{args.data_path} has no labelled {TUNED_ON} among the embeddings: it sets the clustering")
-    chosen = {method: tune(*splits[TUNED_ON], method) for method in GRID}
+    if not set(TUNED_ON) <= splits.keys():
+        raise UserError(f"{args.data_path} lacks labelled {' or '.join(TUNED_ON)} samples among the embeddings")
+    chosen = {method: tune(*joined_splits(splits, TUNED_ON), method) for method in GRID}
     results = {"chosen": chosen, "clusters": measure_clusters(splits, chosen), "names": {}}
     joined = chosen["agglomerative"]["similarity"]
     for kind, gallery, probes, strangers in (
@@ -87,6 +88,12 @@ def labelled(embeddings: str, data_path: str) -> dict[str, tuple[np.ndarray, np.
     }
 
 
+def joined_splits(splits: dict, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings (n, D), identities (n,)) of several splits."""
+    embeddings, identities = zip(*(splits[name] for name in names), strict=True)
+    return np.concatenate(embeddings), np.concatenate(identities)
+
+
 def tune(embeddings: np.ndarray, identities: np.ndarray, method: str) -> dict:
     """The setting of a method with the highest B-cubed F1."""
     ((name, values),) = GRID[method].items()
@@ -99,10 +106,8 @@ def tune(embeddings: np.ndarray, identities: np.ndarray, method: str) -> dict:
 
 def measure_clusters(splits: dict, chosen: dict) -> dict:
     """{collection: {method: report}} with the chosen settings."""
-    collections = {name: splits[name] for name in (TUNED_ON, "open_test", "test") if name in splits}
-    if {"test", "open_test"} <= splits.keys():
-        both = (splits["test"], splits["open_test"])
-        collections["test + open_test"] = tuple(np.concatenate(parts) for parts in zip(*both, strict=True))
+    wanted = (TUNED_ON, ("open_test",), ("test",), ("test", "open_test"))
+    collections = {" + ".join(names): joined_splits(splits, names) for names in wanted if set(names) <= splits.keys()}
     report = {}
     for name, (embeddings, identities) in collections.items():
         report[name] = {}
@@ -122,13 +127,14 @@ def measure_names(gallery: tuple, probes: tuple, strangers: tuple, shots: int, s
         faces = np.concatenate([known[0], strangers[0]])
         truth = np.concatenate([known[1], np.full(len(strangers[1]), UNKNOWN)])
         people = in_memory(gallery[0][enrolled], gallery[1][enrolled])
-        groups = {"face": np.arange(len(faces)), "cluster": cluster_faces(faces, similarity=similarity)}
+        clusters = cluster_faces(faces, similarity=similarity)
         for far in FARS:
             threshold = stranger_threshold(people, far)
             block = figures.setdefault(f"FAR {far:g}", {})
             block.setdefault("threshold", []).append(threshold)
-            for way, clusters in groups.items():
-                given = np.array([name.name for name in name_clusters(people, faces, clusters, threshold)])
+            names = name_faces(people, faces, threshold)
+            for way, found in (("face", names), ("cluster", share_names(names, clusters))):
+                given = np.array([name.name for name in found])
                 for key, value in outcome(given, truth).items():
                     block.setdefault(f"{way}.{key}", []).append(value)
     return {far: {key: float(np.mean(values)) for key, values in block.items()} for far, block in figures.items()}

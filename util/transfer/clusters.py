@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 
 def cluster_faces(
-    embeddings: np.ndarray, *, method: str = "agglomerative", similarity: float = 0.5, least: int = 2, seed: int = 0
+    embeddings: np.ndarray, *, method: str = "agglomerative", similarity: float = 0.34, least: int = 2, seed: int = 0
 ) -> np.ndarray:
     """Cluster numbers (N,) int64 from 1, the largest cluster first; a face that is like no other has its own.
 

@@ -1,10 +1,12 @@
-"""Names for clusters of faces, from a gallery: who it is, or that it is nobody there."""
+"""Names for faces, from a gallery: who it is, or that it is nobody there."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from util.transfer.gallery import Gallery, unit
+from util.transfer.gallery import Gallery
 
 UNKNOWN = "unknown"
 
@@ -19,29 +21,37 @@ class Name:
     similarity: float
 
 
-def name_clusters(
-    gallery: Gallery, embeddings: np.ndarray, clusters: np.ndarray, threshold: float | None
-) -> list[Name]:
-    """A name for each face; all faces of a cluster have the same.
+def name_faces(gallery: Gallery, embeddings: np.ndarray, threshold: float | None) -> list[Name]:
+    """A name for each face: the character whose centre is most like it, if their cosine is at least `threshold`.
 
-    embeddings: (N, D). clusters: (N,) numbers. A cluster is the character whose centre has the highest mean cosine
-    with its faces, if that is at least `threshold`. The mean over a cluster varies less than the cosine of one face,
-    and has the same expectation, so that one threshold serves clusters of every size. threshold None: all are unknown.
+    embeddings: (N, D). threshold None: all are unknown.
     """
     if not gallery.people or not len(embeddings):
         return [Name(UNKNOWN, "", 0.0)] * len(embeddings)
-    faces = unit(np.asarray(embeddings, dtype=np.float32))
-    groups = [np.flatnonzero(clusters == number) for number in np.unique(clusters)]
-    means = np.stack([faces[rows].mean(axis=0) for rows in groups])
-    lengths = np.linalg.norm(means, axis=1)
-    names: list[Name] = [Name(UNKNOWN, "", 0.0)] * len(faces)
-    for rows, length, (match,) in zip(groups, lengths, gallery.identify(means, k=1), strict=True):
-        # the cosine with the mean's direction, times the mean's length, is the mean of the faces' cosines
-        known = threshold is not None and match.similarity * length >= threshold
-        own = faces[rows] @ unit(gallery.people[match.name].mean(axis=0))
-        for row, similarity in zip(rows.tolist(), own.tolist(), strict=True):
-            names[row] = Name(match.name if known else UNKNOWN, match.name, similarity)
-    return names
+    return [
+        Name(
+            best.name if threshold is not None and best.similarity >= threshold else UNKNOWN, best.name, best.similarity
+        )
+        for (best,) in gallery.identify(embeddings, k=1)
+    ]
+
+
+def share_names(names: Sequence[Name], clusters: np.ndarray, share: float = 0.5) -> list[Name]:
+    """The same, but where at least `share` (0..1) of a cluster is named, and most of that alike, all of it is.
+
+    It finds more faces of a character, and gives more of them a wrong name (RESULTS.md).
+    """
+    shared = list(names)
+    for number in np.unique(clusters):
+        rows = np.flatnonzero(clusters == number).tolist()
+        given = Counter(names[row].name for row in rows if names[row].name != UNKNOWN)
+        if given.total() < max(1, share * len(rows)):
+            continue
+        name, votes = given.most_common(1)[0]
+        if 2 * votes > given.total():
+            for row in rows:
+                shared[row] = replace(names[row], name=name)
+    return shared
 
 
 def stranger_threshold(gallery: Gallery, far: float) -> float | None:
