@@ -63,6 +63,7 @@ NOT_RUN = {
     "python datasets/prepare_splcher.py": (REAL_DATA, "test_prepare_pools.py"),
     "python scripts/release_protocols.py": ("a release of real data", "test_release.py"),
     "python scripts/score_submission.py": ("a release of real data", "test_release.py"),
+    "python scripts/tune.py": ("trainings of several methods", "test_tune.py"),
     "python scripts/leaderboard_page.py": ("results of several models", "test_release.py"),
 }  # fmt: skip
 
