@@ -183,7 +183,8 @@ class Parsed(Exception):
 def load(script: str):
     """A script as a module. Nothing in datasets/ can be imported by name."""
     if not script.endswith(".py"):
-        return importlib.import_module(script)
+        folder = (ROOT / script.replace(".", "/")).is_dir()
+        return importlib.import_module(f"{script}.__main__" if folder else script)
     if "/" not in script:
         return importlib.import_module(script.removesuffix(".py"))
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
