@@ -64,7 +64,7 @@ def flags(tmp_path_factory) -> list[str]:
     write_weights(folder / "r.safetensors", encoder, {**args, "model": "vit_nano_patch8"}, facts)
     mae = build_mae("mae_vit_nano_patch8", 32).state_dict()
     write_weights(folder / "m.safetensors", mae, {**args, "model": "mae_vit_nano_patch8"}, Facts())
-    args |= {"model": "vit_nano_patch16", "input_size": 64, "width": 32, "convs": 1, "train": "full", "seed": 0}
+    args |= {"model": "vit_nano_patch16", "input_size": 64, "width": 64, "convs": 1, "train": "full", "seed": 0}
     detector = build_detector({**args, "init": None}).state_dict()
     write_weights(folder / "d.safetensors", detector, {**args, "kind": KIND}, Facts())
     return [
@@ -107,7 +107,8 @@ class Server:
 def server(flags, browser):
     running = Server(flags)
     yield running
-    assert "Traceback" not in running.stop()
+    printed = running.stop()
+    assert "Traceback" not in printed, printed
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ SMALL = {
     "main_lora.py": TRANSFER,
     "main_finetune.py": TRANSFER,
     "main_detect.py": TRAINING.replace("--augment_on workers", "").replace("--input_size 32", "--input_size 64x128")
-    + " --model vit_nano_patch8 --width 32 --convs 1 --batch_size 8 --data_path {data}/scenes",
+    + " --model vit_nano_patch8 --width 64 --convs 1 --batch_size 8 --data_path {data}/scenes",
     "eval_recognition.py": PROTOCOLS,
     "eval_detection.py": "--device cpu --replicates 5 --sheet_pictures 2 --images 2 --sizes 128 "
     "--data_path {data}/scenes",

@@ -78,7 +78,7 @@ def test_an_encoder_gives_embeddings_at_a_size_of_ones_own(export, tmp_path):
 
 def test_a_detector_gives_what_its_own_last_step_starts_from(export, tmp_path):
     args = {
-        "model": "vit_nano_patch8", "input_size": 64, "seed": 0, "init": None, "width": 32, "convs": 1, "train": "full",
+        "model": "vit_nano_patch8", "input_size": 64, "seed": 0, "init": None, "width": 64, "convs": 1, "train": "full",
     }  # fmt: skip
     model = build_detector(args)
     torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.5)
