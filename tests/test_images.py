@@ -262,6 +262,13 @@ def test_max_pixels_is_a_limit():
         decode_image(data, max_pixels=ROWS * COLUMNS - 1)
 
 
+def test_pillow_s_own_lower_limit_is_told_in_the_same_words(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage) as refused:
+        decode_image(encode(Image.new("RGB", (30, 10)), "PNG"))
+    assert refused.value.reason == "more than 200 pixels"
+
+
 def test_bad_image_survives_pickling():
     error = pickle.loads(pickle.dumps(BadImage("a.png", "why")))
     assert (error.path, error.reason, str(error)) == ("a.png", "why", "a.png: why")

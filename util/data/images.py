@@ -76,6 +76,8 @@ def _decode(source: Path | str | bytes, max_pixels: int) -> tuple[Image.Image, I
                 return _to_rgb_and_alpha(_upright(image))
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:  # Pillow has a limit of its own, which may be the lower one
+        raise BadImage(name, f"more than {min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)} pixels") from error
     except Exception as error:  # on damaged data the decoders raise almost anything: OSError, SyntaxError, struct.error
         raise BadImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
