@@ -344,6 +344,20 @@ def test_runs_of_one_name_are_one_row(page, evaluated, tmp_path):
     assert "60.0 ± 14.1" in line and line.endswith("| 2 |")
 
 
+def test_without_a_name_seeds_of_a_folder_are_one_row_and_folders_are_two(page, evaluated, tmp_path):
+    for place in ("linear/seed=0", "linear/seed=1", "lora/rank=8/seed=0", "lora/rank=16/seed=0"):
+        shutil.copytree(evaluated[0], tmp_path / "all" / place)
+    page([str(tmp_path / "all"), "--out", str(tmp_path / "page")])
+    lines = (tmp_path / "page/leaderboard.md").read_text().splitlines()
+    runs = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines if line.endswith(("1 |", "2 |"))}
+    model = evaluated[1]["subject"]["name"]
+    assert runs == {
+        f"{model} ({name})": n for name, n in (("linear", "2"), ("lora/rank=8", "1"), ("lora/rank=16", "1"))
+    }
+    page([str(tmp_path / "all/linear/seed=0"), "--out", str(tmp_path / "one")])
+    assert f"| {model} (seed=0) |" in (tmp_path / "one/leaderboard.md").read_text()
+
+
 def test_where_an_interval_stands():
     results = {"a": {"b": 0.5, "b_ci95": [0.4, 0.6]}, "t": {"at": {"0.01": 0.2}, "at_ci95": {"0.01": [0.1, 0.3]}}}
     results["f"] = {"mean": 0.5, "ci95": 0.1}

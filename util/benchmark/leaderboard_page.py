@@ -1,12 +1,14 @@
 """A leaderboard page of whatever results lie in a folder: Markdown, and one static HTML file.
 
 A result is a results.json of eval_recognition.py or scripts/score_submission.py. submission.json beside it may say
-more: {"name", "url", "note"}. Results of one name are runs of one model, such as seeds. Only what was measured on the
-same data by the same lists stands in one table.
+more: {"name", "url", "note"}. Results of one name are runs of one model, such as seeds; without a name it is that of
+the folder, and METHOD/seed=0, METHOD/seed=1 are runs of METHOD, as the grid runner names them. Only what was measured
+on the same data by the same lists stands in one table.
 """
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +29,16 @@ _SETTINGS = ("seed", "negatives", "positives", "episodes", "face_padding")
 
 @dataclass(frozen=True)
 class Result:
-    """A results.json. folder: where it lies. about: of submission.json."""
+    """A results.json. folder: where it lies. about: of submission.json. label: its folder, below the one asked for."""
 
     folder: Path
     results: Mapping
     about: Mapping[str, str]
+    label: str
 
     @property
     def name(self) -> str:
-        return self.about.get("name") or f"{self.results['subject']['name']} ({self.folder.name})"
+        return self.about.get("name") or f"{self.results['subject']['name']} ({self.label})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Section:
 def read_all(folders: Sequence[str | Path]) -> list[Result]:
     """Every evaluation under some folders, in the order of their paths; UserError where there is none."""
     found = [
-        Result(path.parent, results, _about(path.with_name("submission.json")))
+        Result(path.parent, results, _about(path.with_name("submission.json")), _label(path.parent, Path(folder)))
         for folder in folders
         for path in sorted(Path(folder).rglob("results.json"))
         if (results := _evaluation(path)) is not None
@@ -58,6 +61,12 @@ def read_all(folders: Sequence[str | Path]) -> list[Result]:
     if not found:
         raise UserError(f"no results.json of an evaluation under {', '.join(map(str, folders))}: evaluate first")
     return found
+
+
+def _label(folder: Path, below: Path) -> str:
+    """METHOD of BELOW/METHOD/seed=0; the name of the folder itself where nothing is left."""
+    parts = [part for part in folder.relative_to(below).parts if not re.fullmatch(r"seed=\d+", part)]
+    return "/".join(parts) or folder.name
 
 
 def _evaluation(path: Path) -> dict | None:
@@ -209,7 +218,7 @@ def _linked(name: str, about: Mapping[str, str]) -> str:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+body { margin: 2rem auto; max-width: 96rem; padding: 0 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { cursor: pointer; border-bottom: 2px solid #222 } th:first-child, td:first-child { text-align: left }
