@@ -86,7 +86,7 @@ SMALL = {
     "eval_recognition.py": PROTOCOLS,
     "eval_detection.py": "--device cpu --replicates 5 --sheet_pictures 2 --images 2 --sizes 128 "
     "--data_path {data}/scenes",
-    "visualize.reconstruct": "--images 2 --batch_size 2 --device cpu --num_workers 0",
+    "visualize.reconstruct": "--images 2 --batch_size 2 --device cpu",
     "visualize.masking": "--images 1 --device cpu",
     "visualize.detect": "--device cpu",
     "datasets/prepare_folder.py": "",
@@ -311,7 +311,8 @@ class World:
             return f"{self.runs['mae']}/checkpoint-last.pth"
         if word.endswith((".npz", ".pack")):
             return self.files[word.rpartition(".")[2]]
-        word = re.sub(r"^runs/.*/(?=checkpoint)", f"{reads}/", word)
+        if found := re.fullmatch(r"runs/.*/(checkpoint.*)", word):
+            return f"{reads}/{found[1]}"
         return pattern.sub(lambda found: str(values[found[0]]), word)
 
     def run(self, script: str, arguments: list[str]) -> Path | None:
