@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import eval_recognition
+from tests.conftest import ROOT
 from util.benchmark.leaderboard_page import interval_of
 from util.benchmark.release import check_release, digest, first_difference, read_release
 from util.run.errors import UserError
@@ -382,6 +383,28 @@ def test_what_is_no_result_is_one_line(page, evaluated, tmp_path, capsys):
         assert message in helpers.fails(page, capsys, [str(tmp_path / "all"), *out])
     (folder / "results.json").write_text("{")
     assert "cannot be read" in helpers.fails(page, capsys, [str(tmp_path / "all"), *out])
+
+
+RELEASES = sorted((ROOT / "releases").iterdir())
+
+
+@pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
+def test_the_releases_of_this_repository_are_whole(folder):
+    """Each pair list tells the truth of its splits; support and query of an episode share no picture."""
+    check_release(folder)
+    release = read_release(folder)
+    assert folder.name.endswith(release.version)
+    who = {row["sample_id"]: row["identity"] for row in release.splits}
+    on = {row["sample_id"]: row["split"] for row in release.splits}
+    for name, split in {"verification": "open_test", "verification_tuning": "open_val"}.items():
+        listed = release.pairs[name]
+        assert {on[sample] for side in ("id_a", "id_b") for sample in listed[side]} == {split}
+        same = [who[a] == who[b] for a, b in zip(listed["id_a"], listed["id_b"], strict=True)]
+        assert [bool(label) for label in listed["label"]] == same
+        assert len(set(zip(listed["id_a"], listed["id_b"], strict=True))) == len(same)
+    for drawn in release.episodes.values():
+        assert [who[sample] for sample in drawn["sample_id"]] == drawn["class"]
+        assert len(set(zip(drawn["episode"], drawn["sample_id"], strict=True))) == len(drawn["class"])
 
 
 def test_a_newer_format_is_not_guessed_at(released, tmp_path):
