@@ -33,7 +33,7 @@ from util.transfer.naming import UNKNOWN, name_faces, share_names, stranger_thre
 TUNED_ON = ("val", "open_val")
 GRID = {
     "agglomerative": {"similarity": [round(0.02 * step, 2) for step in range(5, 46)]},
-    "hdbscan": {"least": [2, 3, 4, 5, 6, 8, 10]},
+    "hdbscan": {"least": [2, 3, 4, 5, 6, 8, 10, 15, 20, 30]},
 }
 FARS = (0.01, 0.05, 0.1)
 

@@ -18,10 +18,13 @@ from PIL import Image
 
 from models_mae import build_mae
 from models_vit import build_vit
+from tests import helpers
 from tests.helpers import waves
 from util.data.faces import Face
 from util.data.manifest import read_manifest, write_manifest
+from util.data.sources import open_source
 from util.run.errors import UserError
+from util.transfer.naming import stranger_threshold
 from visualize.demo import annotate, enrol, recognise, reconstruct, verify
 from visualize.demo.annotations import Annotations, Draft, Label
 from visualize.demo.app import BodyLimit
@@ -195,6 +198,47 @@ def test_below_the_threshold_nobody_is_named(models, scene):
     assert {one.name for one in recognise.recognise(models, scene)} == {recognise.UNKNOWN}
     enrol.set_threshold(models, -1)
     assert {one.name for one in recognise.recognise(models, scene)} == {"somebody"}
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A folder of pictures for each of two characters."""
+    for name in ("Ann", "Bea"):
+        (tmp_path / "characters" / name).mkdir(parents=True)
+        for number in range(6):
+            waves(f"{name}{number}").save(tmp_path / "characters" / name / f"{number}.png")
+    return tmp_path / "characters"
+
+
+def test_a_folder_of_characters_is_enrolled_once(open_models, folders):
+    models = open_models("plain.safetensors")
+    assert models.gallery.threshold is None
+    source = open_source(str(folders), "train")  # a part is held out for validation
+    trained = source.column("identity")
+    (folders / source.record(trained.index("Bea"))["file_name"]).write_bytes(b"no picture")
+    line = enrol.enrol_folder(models, str(folders))
+    sizes = {name: len(rows) for name, rows in models.gallery.people.items()}
+    assert sizes == {"Ann": trained.count("Ann"), "Bea": trained.count("Bea") - 1}
+    assert line == f"2 characters of {folders} enrolled with {sum(sizes.values())} pictures, 1 cannot be read"
+    assert models.gallery.threshold == stranger_threshold(models.gallery, enrol.FAR)
+
+    enrol.remove(models, "Bea")
+    enrol.set_threshold(models, 0.25)
+    again = open_models("plain.safetensors")
+    assert "1 were enrolled before" in enrol.enrol_folder(again, str(folders))
+    assert {name: len(rows) for name, rows in again.gallery.people.items()} == sizes
+    assert again.gallery.threshold == 0.25
+
+
+def test_no_more_than_twenty_pictures_of_a_character_are_enrolled(models, tmp_path):
+    helpers.make_identities(tmp_path / "many", ("ann", "bea"), train=enrol.MOST + 9)  # a tenth is held out
+    enrol.enrol_folder(models, str(tmp_path / "many"))
+    assert [len(rows) for rows in models.gallery.people.values()] == [enrol.MOST] * 2
+
+
+def test_a_folder_without_names_is_one_line(models, folders):
+    with pytest.raises(UserError, match="has no names"):
+        enrol.enrol_folder(models, str(folders / "Ann"))
 
 
 def test_a_new_gallery_takes_the_threshold_of_the_weights(open_models):

@@ -273,6 +273,32 @@ def test_the_slider_and_the_brush_make_new_reconstructions(page, pictures):
     shot(page, "paint")
 
 
+def pick_example(page, number: int) -> None:
+    page.locator(".gallery-item").locator("visible=true").nth(number).click()
+
+
+def test_an_example_is_as_good_as_an_upload_and_limits_hold_after_it(page, pictures):
+    """Gradio makes a component anew for a visitor who picks an example: it must still be ours."""
+    pick_example(page, 2)
+    says(page, "recognise", "face")
+    page.locator("#recognise-upload").get_by_label("Remove Image").click()
+    says(page, "recognise", "no picture yet")
+    for name, text in (("broken", "cannot be read"), ("huge", "more than 4000000 pixels")):
+        upload(page, "recognise-upload", pictures[name])
+        says(page, "recognise", text)
+        page.locator("#recognise-upload").get_by_label("Remove Image").click()
+        says(page, "recognise", "no picture yet")
+
+    turn_to(page, "Reconstruct")
+    page.locator("#reconstruct-editor canvas").first.wait_for()
+    pick_example(page, 3)
+    says(page, "reconstruct", r"12 of 16 patches removed \(75%\)")
+    before = source(page, 1)
+    pick_example(page, 4)
+    changed(page, before)
+    says(page, "reconstruct", r"12 of 16 patches removed \(75%\)")
+
+
 def test_an_annotation_is_written(page, pictures, flags):
     turn_to(page, "Annotate")
     upload(page, "annotate-upload", pictures["onyx"])

@@ -2,7 +2,7 @@
 
     pip install -r requirements-demo.txt
     python -m visualize.demo                                     # the small weights that ship with it, on any machine
-    python -m visualize.demo --ckpt RUN/checkpoint-best.pth --mae RUN/checkpoint-last.pth --gallery DIR
+    python -m visualize.demo --ckpt RUN/checkpoint-best.pth --mae RUN/checkpoint-last.pth --enrol CHARACTERS
 
 It answers to this machine alone unless --host says otherwise. The gallery and the annotations stay on disk.
 """
@@ -24,6 +24,7 @@ def parse_args(argv: list[str] | None):
     add("--mae", metavar="W", help=f"masked autoencoder with its decoder, for reconstruction; {own}")
     add("--finder", metavar="SPEC", help=f"{', '.join(KINDS[:3])}; + unites several; {own}")
     add("--gallery", metavar="DIR", default="runs/gallery", help="folder of the enrolled characters")
+    add("--enrol", metavar="DIR", help="a folder of pictures for each character: those not yet in the gallery join it")
     add("--annotations", metavar="DIR", default="runs/annotations", help="prepared folder that annotations go to")
     add("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: every machine of the network")
     add("--port", type=number(int, 1, 65535), default=7860, help="TCP port, 1 to 65535")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = Settings(
         ckpt=args.ckpt, mae=args.mae, finder=args.finder, gallery=args.gallery, annotations=args.annotations,
-        device=args.device, limits=Limits(args.max_mb, args.max_pixels),
+        device=args.device, limits=Limits(args.max_mb, args.max_pixels), enrol=args.enrol,
     )  # fmt: skip
     serve(settings, args.host, args.port)
 

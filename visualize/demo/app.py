@@ -65,8 +65,10 @@ def open_models(settings: Settings) -> Models:
     Characters of ToonFaces are enrolled for the demo's own recogniser only: another one is for other art.
     """
     models = Models(settings)
-    if models.is_new and settings.ckpt is None:
+    if models.is_new and settings.ckpt is None and not settings.enrol:
         examples.fill_gallery(models)
+    if settings.enrol:
+        print(enrol.enrol_folder(models, settings.enrol))
     return models
 
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from util.data.images import BadImage
+from util.data.sources import Source, open_source, spread
 from util.run.errors import UserError
+from util.transfer.naming import stranger_threshold
 from visualize.demo.models import Models, Seen
 from visualize.demo.pictures import card, cards, note, open_upload
 
 MOST = 20  # pictures at once
+FAR = 0.1  # share of strangers that may be named, where the gallery itself sets the threshold
 
 
 def enrol(models: Models, name: str, uploads: Sequence[str] | None) -> tuple[list[Seen], int]:
@@ -30,6 +34,45 @@ def enrol(models: Models, name: str, uploads: Sequence[str] | None) -> tuple[lis
     embeddings = models.embed(crops)
     with models.lock:
         return seen, models.gallery.enrol(name, embeddings, crops)
+
+
+def enrol_folder(models: Models, data_path: str) -> str:
+    """Enrol everybody of a data path who is not in the gallery yet; returns a line that says what was done.
+
+    data_path: as `util.data.sources.open_source` takes it, with identities. The pictures are those of training, at most
+    MOST of a character. Where the gallery has no threshold it gets its own guess. UserError where nobody has a name.
+    """
+    source = open_source(data_path, "train")
+    identities = source.column("identity")
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(identities):
+        if name is not None:
+            rows.setdefault(name, []).append(row)
+    if not rows:
+        raise UserError(f"--enrol {data_path} has no names: give a folder of pictures for each character")
+    fresh = {name: own for name, own in rows.items() if " ".join(name.split()) not in models.gallery.people}
+    counts = [_enrol_rows(models, source, name, own) for name, own in fresh.items()]
+    gallery = models.gallery
+    if gallery.threshold is None and (threshold := stranger_threshold(gallery, FAR)) is not None:
+        set_threshold(models, threshold)
+    taken, bad = (sum(each) for each in zip((0, 0), *counts, strict=True))
+    line = f"{sum(own > 0 for own, _ in counts)} characters of {data_path} enrolled with {_pictures(taken)}"
+    known = len(rows) - len(fresh)
+    return line + (f", {known} were enrolled before" if known else "") + (f", {bad} cannot be read" if bad else "")
+
+
+def _enrol_rows(models: Models, source: Source, name: str, rows: list[int]) -> tuple[int, int]:
+    """Enrol a character from some rows of a source; how many pictures were taken, and how many cannot be read."""
+    crops, bad = [], 0
+    for row in (rows[i] for i in spread(len(rows), MOST)):
+        try:
+            crops.append(models.look(source.load(row))[0].crop)
+        except BadImage:
+            bad += 1
+    if crops:
+        with models.lock:
+            models.gallery.enrol(name, models.embed(crops), crops)
+    return len(crops), bad
 
 
 def remove(models: Models, name: str | None) -> None:
@@ -66,7 +109,7 @@ def overview(models: Models) -> str:
 
 
 def _pictures(count: int) -> str:
-    return f"{count} picture{'s' * (count > 1)}"
+    return f"{count} picture{'s' * (count != 1)}"
 
 
 def answer(models: Models, name: str, uploads: Sequence[str] | None) -> tuple[str, str]:

@@ -1,15 +1,17 @@
 """Gradio's inputs within our limits, and its handlers with our messages. Imports gradio.
 
 Gradio decodes what is uploaded by itself, at any size, and fails with a traceback where it cannot. Here an upload
-reaches the tab as a path, and `pictures.open_upload` is the one place where it is decoded. Methods of single components
-are replaced: a class of our own would make gradio write a .pyi file beside this one.
+reaches the tab as a path, and `pictures.open_upload` is the one place where it is decoded. These are classes, because
+gradio makes a component anew for a visitor who picks an example.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import gradio as gr
+from gradio import component_meta
 from gradio.components.base import server
 from gradio.data_classes import FileData
 from gradio.exceptions import Error
@@ -22,12 +24,32 @@ MOST_PAINTINGS = 64  # of all visitors that are waiting for their turn
 SOURCES = ["upload", "clipboard"]
 
 
+@contextmanager
+def _no_stubs() -> Iterator[None]:
+    """Keep gradio from writing a .pyi file beside this one for each class that is made."""
+    kept = component_meta.create_or_modify_pyi
+    component_meta.create_or_modify_pyi = lambda *_: None
+    try:
+        yield
+    finally:
+        component_meta.create_or_modify_pyi = kept
+
+
+with _no_stubs():
+
+    class PictureInput(gr.Image):
+        """See `picture_input`."""
+
+        is_template = True  # to the page it is a gr.Image
+
+        def preprocess(self, payload):
+            """The path: gradio has checked before that it lies in its own folder of uploads."""
+            return None if payload is None else payload.path
+
+
 def picture_input(**options) -> gr.Image:
     """An uploaded or pasted picture; the tab gets the path of the file, which nobody has opened yet."""
-    component = gr.Image(type="filepath", sources=SOURCES, buttons=[], **options)
-    # gradio has checked before that the path lies in its own folder of uploads
-    component.preprocess = lambda payload: None if payload is None else payload.path
-    return component
+    return PictureInput(type="filepath", sources=SOURCES, buttons=[], **options)
 
 
 def paint_input(limits: Limits, **options) -> gr.ImageEditor:
@@ -35,19 +57,22 @@ def paint_input(limits: Limits, **options) -> gr.ImageEditor:
 
     The background is RGB, a layer RGBA.
     """
-    component = gr.ImageEditor(type="pil", sources=SOURCES, buttons=[], **options)
-    keep = component.accept_blobs
+    with _no_stubs():
 
-    @server
-    def accept_blobs(data: gr.components.image_editor.AcceptBlobs):
-        # of many paintings that never have their turn, the oldest are forgotten
-        while len(component.blob_storage) >= MOST_PAINTINGS:
-            component.blob_storage.pop(next(iter(component.blob_storage)))
-        return keep(data)
+        class PaintInput(gr.ImageEditor):  # gradio asks the constructor for its options: limits cannot be one
+            is_template = True
 
-    component.accept_blobs = accept_blobs
-    component.convert_and_format_image = lambda file, flatten_on_white=False: _decoded(file, limits, flatten_on_white)
-    return component
+            @server
+            def accept_blobs(self, data: gr.components.image_editor.AcceptBlobs):
+                # of many paintings that never have their turn, the oldest are forgotten
+                while len(self.blob_storage) >= MOST_PAINTINGS:
+                    self.blob_storage.pop(next(iter(self.blob_storage)))
+                return super().accept_blobs(data)
+
+            def convert_and_format_image(self, file, flatten_on_white=False):
+                return _decoded(file, limits, is_background=flatten_on_white)
+
+    return PaintInput(type="pil", sources=SOURCES, buttons=[], **options)
 
 
 def _decoded(file: FileData | bytes | None, limits: Limits, is_background: bool) -> Image.Image | None:

@@ -40,6 +40,7 @@ class Settings:
     annotations: str = "runs/annotations"
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    enrol: str | None = None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def tab(models: Models, examples: list[str]) -> None:
         (None,) * 3,
     )
     options = {"api_visibility": "private", "show_progress": "minimal", "trigger_mode": "always_last"}
-    # the slider's handle is an input, a ratio that is typed only a release
-    moved = (ratio.input, ratio.release)
-    for event in (editor.upload, editor.input, editor.change, choice.change, *moved, seed.change):
-        event(fn, [editor, choice, ratio, seed], [*shown, line], **options)
+    # picking an example is an input of the editor, uploading and painting change it; the slider's handle is an input, a
+    # ratio that is typed only a release
+    triggers = [editor.input, editor.change, choice.change, ratio.input, ratio.release, seed.change]
+    gr.on(triggers, fn, [editor, choice, ratio, seed], [*shown, line], **options)
