@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models_finders import KINDS, finder_parts, open_finder
+from models_finders import KINDS, WHOLE, finder_parts, open_finder
 from models_transfer import MODEL_NAMES, load_recogniser
 from util.data.augment import EvalCrop
 from util.data.face_crop import cut_face
@@ -38,7 +38,6 @@ from util.transfer.face_table import FaceTable, fresh_rows, wishes
 from util.transfer.gallery import Gallery
 from util.transfer.naming import UNKNOWN, Name, name_faces, share_names, stranger_threshold
 
-WHOLE = "whole"  # --finder: pictures that are faces already
 PADDING = 0.6  # as much around a face as class folders of anime faces mostly show
 
 

@@ -17,6 +17,7 @@ from util.data.faces import CascadeFinder, Face, Finder, NetworkFinder, StoredFi
 from util.run.errors import UserError
 
 KINDS = ("detector:CHECKPOINT", "cascade:FILE.xml", "faceboxes:FILE.pth", "boxes:FILE.json")
+WHOLE = "whole"  # in place of a finder, where each picture is a face and nothing else
 _NAMES = tuple(kind.partition(":")[0] for kind in KINDS)
 
 

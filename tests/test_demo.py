@@ -79,12 +79,12 @@ def weights(tmp_path_factory) -> Path:
 def open_models(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("visualize.demo.models.open_finder", lambda spec, device: TwoFaces())
 
-    def build(ckpt: str = "r.safetensors") -> Models:
+    def build(ckpt: str = "r.safetensors", finder: str = "none") -> Models:
         return Models(
             Settings(
                 str(weights / ckpt),
                 str(weights / "m.safetensors"),
-                "none",
+                finder,
                 str(tmp_path / "gallery"),
                 str(tmp_path / "notes"),
                 "cpu",
@@ -179,6 +179,12 @@ def test_an_enrolled_character_is_found_also_after_a_restart(open_models, tmp_pa
             assert named[0].matches[0].similarity == pytest.approx(1, abs=1e-5)
             shown, rows, line = recognise.answer(opened, upload)
             assert shown.size == (40, 48) and name in line and rows.count("data:image/jpeg") == 3
+
+
+def test_pictures_that_are_faces_are_taken_whole(open_models, scene):
+    models = open_models(finder="whole")
+    assert models.faces(scene) == [] and [one.crop for one in models.look(scene)] == [scene]
+    assert len(open_models().look(scene)) == 2
 
 
 def test_each_face_of_a_picture_is_named_from_left_to_right(models, scene):

@@ -7,7 +7,7 @@
 It answers to this machine alone unless --host says otherwise. The gallery and the annotations stay on disk.
 """
 
-from models_finders import KINDS
+from models_finders import KINDS, WHOLE
 from util.run.args import Parser, count, number, positive
 from util.run.errors import cli
 from visualize.demo.app import serve
@@ -22,7 +22,9 @@ def parse_args(argv: list[str] | None):
     own = "default: the small ToonFaces-trained weights that ship with the demo"
     add("--ckpt", metavar="W", help=f"recogniser: checkpoint of a transfer run, or any encoder; {own}")
     add("--mae", metavar="W", help=f"masked autoencoder with its decoder, for reconstruction; {own}")
-    add("--finder", metavar="SPEC", help=f"{', '.join(KINDS[:3])}; + unites several; {own}")
+    add(
+        "--finder", metavar="SPEC", help=f"{', '.join(KINDS[:3])}; + unites several; {WHOLE}: pictures are faces; {own}"
+    )
     add("--gallery", metavar="DIR", default="runs/gallery", help="folder of the enrolled characters")
     add("--enrol", metavar="DIR", help="a folder of pictures for each character: those not yet in the gallery join it")
     add("--annotations", metavar="DIR", default="runs/annotations", help="prepared folder that annotations go to")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models_finders import open_finder
+from models_finders import WHOLE, open_finder
 from models_mae import MaskedAutoencoder
 from models_mae_weights import load_mae
 from models_transfer import load_recogniser
@@ -64,8 +64,7 @@ class Models:
         ckpt = settings.ckpt or shipped("recogniser")
         self.facts = read_facts(ckpt)
         self._open_recogniser(ckpt)
-        finder = open_finder(settings.finder or f"detector:{shipped('detector')}", self.device)
-        self.finder: Finder = UnionFinder([finder])  # of boxes that overlap the best: a visitor sees one face, not two
+        self.finder = self._open_finder(settings.finder)
         self.mae_spec = settings.mae or shipped("mae")
         self.gallery = Gallery.open(settings.gallery, self.fingerprint, self.dim)
         self.is_new = not (Path(settings.gallery) / "gallery.json").is_file()
@@ -83,14 +82,20 @@ class Models:
         precision = pick_precision("auto", self.device)
         self._encode = Encoder(trained.model, self.device, precision, most=INFERENCE_BATCH)
 
+    def _open_finder(self, spec: str | None) -> Finder | None:
+        if spec == WHOLE:
+            return None
+        finder = open_finder(spec or f"detector:{shipped('detector')}", self.device)
+        return UnionFinder([finder])  # of boxes that overlap the best: a visitor sees one face, not two
+
     @cached_property
     def mae(self) -> MaskedAutoencoder:
         """The autoencoder, loaded when it is first asked for."""
         return load_mae(self.mae_spec, device=self.device)
 
     def faces(self, picture: Image.Image) -> list[Face]:
-        """The faces of a picture, best first."""
-        return find_faces(picture, self.finder, min_score=MIN_SCORE)
+        """The faces of a picture, best first; none where pictures are taken whole."""
+        return [] if self.finder is None else find_faces(picture, self.finder, min_score=MIN_SCORE)
 
     def look(self, picture: Image.Image) -> list[Seen]:
         """The faces of a picture, best first; the whole picture where none is found, as it may be a face already."""

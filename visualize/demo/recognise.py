@@ -71,7 +71,8 @@ def summary(models: Models, named: list[Named]) -> str:
     threshold = models.gallery.threshold
     how = "no threshold is set: the best is always named" if threshold is None else f"named from {threshold:.2f}"
     count = f"{len(named)} face{'s' * (len(named) > 1)}"
-    faces = count if named[0].face else "no face found, the whole picture is taken"
+    whole = "the whole picture is taken" if models.finder is None else "no face found, the whole picture is taken"
+    faces = count if named[0].face else whole
     return f"{faces}: {', '.join(one.name for one in named)} (similarity is a cosine; {how})"
 
 
