@@ -27,8 +27,8 @@ from util.run.errors import UserError
 from util.transfer.naming import stranger_threshold
 from visualize.demo import annotate, enrol, recognise, reconstruct, verify
 from visualize.demo.annotations import Annotations, Draft, Label
-from visualize.demo.app import BodyLimit
 from visualize.demo.calibrate import calibrate, check, open_set_trials, rates_at, threshold_of
+from visualize.demo.gate import BodyLimit
 from visualize.demo.models import Models, Settings
 from visualize.demo.pictures import Limits, boxed, card, note, open_upload
 from visualize.demo.weights import FOLDER, Calibration, Facts, read_facts, write_weights

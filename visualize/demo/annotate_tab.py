@@ -10,13 +10,14 @@ from visualize.demo.annotations import FIELDS
 from visualize.demo.inputs import picture_input
 from visualize.demo.models import Models
 from visualize.demo.pictures import note
+from visualize.demo.shelf import Shelf
 
 OPTIONS = {"api_visibility": "private", "show_progress": "minimal"}
 
 
 def build(models: Models) -> None:
     """The tab, inside a gradio.Blocks."""
-    state = gr.State(None, time_to_live=3600)  # s: it holds a picture
+    state, shelf = gr.State(None, time_to_live=3600), Shelf()  # the key of a page on the shelf; s
     with gr.Row():
         with gr.Column(scale=3):
             shown = gr.Image(
@@ -50,28 +51,29 @@ def build(models: Models) -> None:
             keep = gr.Button("Save", variant="primary", elem_id="annotate-save")
     outputs = [state, shown, face, *values, *corners, line]
 
-    def show(page: annotate.Page, text: str) -> tuple:
+    def show(key: str | None, page: annotate.Page, text: str) -> tuple:
         identity, *others = annotate.fields(page)
         numbers = [(str(number + 1), number) for number in range(len(page.draft.labels))]
         return (
-            page, annotate.draw(page), gr.Radio(numbers, value=page.chosen if page.chosen >= 0 else None),
+            shelf.put(page, key), annotate.draw(page),
+            gr.Radio(numbers, value=page.chosen if page.chosen >= 0 else None),
             gr.Dropdown(annotate.known_names(models, page), value=identity), *others, note(text),
         )  # fmt: skip
 
     def on(fn: Callable) -> Callable:
         """A handler of (page, inputs ...) -> (page, line); a UserError leaves the page as it is."""
 
-        def call(page, *inputs):
+        def call(key, *inputs):
             try:
-                return show(*fn(page, *inputs))
+                return show(key, *fn(shelf.get(key), *inputs))
             except UserError as error:
-                return (page, *[gr.skip()] * (len(outputs) - 2), note(str(error), bad=True))
+                return (key, *[gr.skip()] * (len(outputs) - 2), note(str(error), bad=True))
 
         return call
 
     def need(page: annotate.Page | None) -> annotate.Page:
         if page is None:
-            raise UserError("there is no picture yet: upload one, or open one of the folder")
+            raise UserError("there is no picture, or no longer: upload one, or open one of the folder")
         return page
 
     def hint(page: annotate.Page) -> str:
@@ -87,13 +89,14 @@ def build(models: Models) -> None:
             given["box"] = box if list(box) != annotate.fields(need(page))[len(FIELDS) :] else page.label.box
         return turned(annotate.change(need(page), **given))
 
-    def clicked(page, event: gr.SelectData):
+    def clicked(key, event: gr.SelectData):
         try:
-            scale = annotate.scale_of(need(page))
+            page = need(shelf.get(key))
+            scale = annotate.scale_of(page)
             page = annotate.click(page, *(value * scale for value in event.index))
-            return show(page, "now the opposite corner" if page.corner else hint(page))
+            return show(key, page, "now the opposite corner" if page.corner else hint(page))
         except UserError as error:
-            return (page, *[gr.skip()] * (len(outputs) - 2), note(str(error), bad=True))
+            return (key, *[gr.skip()] * (len(outputs) - 2), note(str(error), bad=True))
 
     upload.change(on(lambda page, path: annotate.open_new(models, path) if path else turned(need(page))),
                   [state, upload], outputs, **OPTIONS)  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from util.run.errors import UserError
 from visualize.demo import enrol, examples, recognise, reconstruct, verify
+from visualize.demo.gate import MOST_CONNECTIONS, STORE_BYTES, BodyLimit, StoreLimit, http_protocol
 from visualize.demo.models import Models, Settings
 
 # read when gradio is imported: no call home, no traces
@@ -23,40 +24,9 @@ LOOPBACK = ("127.0.0.1", "localhost")
 TITLE = "AniMask: anime faces"
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 FORM_BYTES = 100_000  # of a call without a file
+SESSIONS = 100  # of visitors that are remembered; gradio would keep what it has shown to 10,000
+WAITING = 200  # calls that wait for their turn; further ones are told so
 FILES = 5  # of the largest size in one request: an enrolment sends its pictures together, a painting grows as PNG
-
-
-class BodyLimit:
-    """ASGI middleware: a request of more than `most` bytes is refused with status 413, however it is sent.
-
-    Gradio's own limit is for uploads alone; paintings and calls reach it by other doors.
-    """
-
-    def __init__(self, app, most: int):
-        self.app, self.most = app, most
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most:
-            return await _refuse(send)
-        seen = 0
-
-        async def counted():
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            # the application takes a visitor who is gone for what he is, and drops what came
-            return {"type": "http.disconnect"} if seen > self.most else message
-
-        return await self.app(scope, counted, send)
-
-
-async def _refuse(send) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": b"the request is too large"})
 
 
 def open_models(settings: Settings) -> Models:
@@ -93,7 +63,8 @@ def build_app(models: Models, example_paths: list[str]):
         with gr.Tab("Verify", id="verify"):
             verify.tab(models)
         page.load(fresh, None, state, api_visibility="private", show_progress="hidden")
-    return page
+    page.state_session_capacity = SESSIONS  # what launch(), which is not called, would set
+    return page.queue(max_size=WAITING)
 
 
 def web_app(page, settings: Settings, host: str):
@@ -106,10 +77,14 @@ def web_app(page, settings: Settings, host: str):
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from visualize.demo.inputs import uploads_alone
+
     web = FastAPI(openapi_url=None)
+    web.add_middleware(StoreLimit, folder=Path(gr.utils.get_upload_folder()), most=STORE_BYTES)
     web.add_middleware(BodyLimit, most=FILES * settings.limits.max_bytes + FORM_BYTES)
     if host in LOOPBACK:  # a name that is made to point here does not make a strange site ours
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    uploads_alone(page)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         web, page, path="/", theme=theme, css=CSS, max_file_size=settings.limits.max_bytes, footer_links=[],
@@ -135,8 +110,10 @@ def serve(settings: Settings | None = None, host: str | None = None, port: int |
     port = port or int(os.environ.get("GRADIO_SERVER_PORT", 7860))
     limit_pixels(settings)
     models = open_models(settings)
-    with tempfile.TemporaryDirectory(prefix="animask-") as drawn:
-        page = build_app(models, examples.write_examples(Path(drawn)))
+    with tempfile.TemporaryDirectory(prefix="animask-") as own:
+        # by default gradio keeps uploads where those of every other page of this user lie
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(own) / "uploads"))
+        page = build_app(models, examples.write_examples(Path(own) / "examples"))
         _run(
             web_app(page, settings, host), host, port, f"{len(models.gallery.people)} characters in {settings.gallery}"
         )
@@ -150,4 +127,8 @@ def _run(web, host: str, port: int, line: str) -> None:
     except OSError as error:
         raise UserError(f"{host}:{port} cannot be served ({error.strerror}): give another --port or --host") from error
     print(f"the demo is at http://{host}:{port}, with {line}", flush=True)
-    uvicorn.Server(uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[door])
+    config = uvicorn.Config(
+        web, log_level="warning", timeout_graceful_shutdown=2, http=http_protocol(), ws="none",
+        limit_concurrency=MOST_CONNECTIONS,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[door])

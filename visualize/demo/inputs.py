@@ -8,10 +8,9 @@ gradio makes a component anew for a visitor who picks an example.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 
 import gradio as gr
-from gradio import component_meta
+from gradio import component_meta, processing_utils
 from gradio.components.base import server
 from gradio.data_classes import FileData
 from gradio.exceptions import Error
@@ -22,6 +21,24 @@ from visualize.demo.pictures import Limits, note, open_upload
 
 MOST_PAINTINGS = 64  # of all visitors that are waiting for their turn
 SOURCES = ["upload", "clipboard"]
+
+
+def uploads_alone(page: gr.Blocks) -> None:
+    """Let the calls of a page name files that were uploaded, and no other file or address.
+
+    Gradio checks this of a page that was launched; for one that is mounted it would copy any file of this machine, or
+    fetch any address, to where visitors can read it.
+    """
+    page.has_launched = True
+
+    def refuse(address: str, *args, **options):
+        raise Error("an address is no upload: send the file", print_exception=False)
+
+    async def refuse_later(address: str, *args, **options):
+        refuse(address)
+
+    processing_utils.ssrf_protected_download = refuse
+    processing_utils.async_ssrf_protected_download = refuse_later
 
 
 @contextmanager
@@ -43,7 +60,7 @@ with _no_stubs():
         is_template = True  # to the page it is a gr.Image
 
         def preprocess(self, payload):
-            """The path: gradio has checked before that it lies in its own folder of uploads."""
+            """The path: gradio has checked before that it lies in its own folder of uploads (see `uploads_alone`)."""
             return None if payload is None else payload.path
 
 
@@ -78,14 +95,14 @@ def paint_input(limits: Limits, **options) -> gr.ImageEditor:
 def _decoded(file: FileData | bytes | None, limits: Limits, is_background: bool) -> Image.Image | None:
     if file is None:
         return None
-    content = file if isinstance(file, bytes) else Path(file.path).read_bytes()
     try:
-        picture = open_upload(content, limits)
+        picture = open_upload(file if isinstance(file, bytes) else file.path, limits)
     except UserError as error:
         raise Error(str(error), print_exception=False) from error
     if is_background:
         return picture
-    with Image.open(BytesIO(content)) as layer:  # within the limits, as was just seen
+    source = BytesIO(file) if isinstance(file, bytes) else file.path
+    with Image.open(source) as layer:  # within the limits, as was just seen
         return layer.convert("RGBA")
 
 

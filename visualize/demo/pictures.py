@@ -40,7 +40,10 @@ def open_upload(source: str | bytes | None, limits: Limits) -> Image.Image:
     """
     if source is None:
         raise UserError("there is no picture yet: upload one, paste one or pick an example")
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    try:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    except OSError as error:  # uploads are kept for an hour or so
+        raise UserError("the picture is no longer here: upload it again") from error
     if size > limits.max_bytes:
         raise UserError(f"the file has {size / 1e6:.1f} MB, and {limits.max_mb:g} are allowed: make it smaller")
     try:
