@@ -24,6 +24,7 @@ from visualize.views import (
     check_out,
     column_titles,
     enlarged,
+    identities,
     open_encoder,
     picture_table,
     row_labels,
@@ -117,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     query = pooling_of(encoder.model) if args.query == "auto" else args.query
     images, numbers = see(encoder, source, args.images)
     maps, measured = look_at(encoder, images, query)
-    column = source.column("identity")
-    names = [short(column[i] or "", 12) for i in numbers]
+    names = [short(name or "", 12) for name in identities(source, numbers)]
     title = f"{WHAT[query]} in block {depth} of {depth}, and through all blocks (rollout): {short(encoder.label, 60)}"
     aspect = encoder.size[0] / encoder.size[1]
     figure = draw([enlarged(image) for image in images], maps, names, title, aspect)
