@@ -138,11 +138,14 @@ def finish(source: FolderSource, journal: MapJournal, note: dict, args: argparse
     for column, name in enumerate(names):
         write_atomically(folder / f"{name}.npy", partial(_write_map, drawn, column))
     write_atomically(folder / ROWS_FILE, lambda path: _write_array(path, row_keys(source.column("sample_id"))))
-    bad, facts = len(journal.bad), [row for row in journal.rows() if not isinstance(row, str)]
+    origins = [Counter() for _ in names]
+    for row in journal.rows():
+        for counter, origin in zip(origins, ["unreadable"] * len(names) if isinstance(row, str) else row, strict=True):
+            counter[origin] += 1
     made = {
         name: {
             "settings": chosen,
-            "origins": {**Counter(row[column] for row in facts), **({"unreadable": bad} if bad else {})},
+            "origins": dict(origins[column]),
             "covered": float(np.mean([block[:, column].mean() for block in _blocks(drawn)])) / 255,
         }
         for column, name in enumerate(names)

@@ -51,6 +51,8 @@ NOT_RUN = {
     "python scripts/plan.py --device auto": ("it measures this machine, for seconds", "test_plan.py"),
     "python scripts/bench_pretrain.py": ("steps of ViT-B", "test_bench_pretrain.py"),
     "python scripts/bench_scale.py": ("its sizes are its point, minutes each", "test_bench_scale.py"),
+    "python scripts/bench_growth.py": ("its sizes are its point, minutes each", "test_growth.py"),
+    "python scripts/long_run.py": ("an hour", "test_long_run.py"),
     "python scripts/denoise_labels.py": ("real data", "test_denoise.py"),
     "python datasets/identity_map.py": ("label files of real data", "test_identity_map.py"),
     "python datasets/prepare_acrd.py": (REAL_DATA, "test_prepare_acrd.py"),

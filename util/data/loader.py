@@ -146,8 +146,9 @@ def held_out(args) -> Iterator[tuple[dict, Callable]]:
         return ((record, load) for _, record, load in stream.iterate(args.seed, 0))
     source = open_pictures(args, "val")
     # shuffled: the first images of a folder are often of one character
-    order = rng_for(args.seed, "held out").permutation(len(source)).tolist()
-    return ((source.record(index), partial(reader(source), index)) for index in order)
+    order = rng_for(args.seed, "held out").permutation(len(source))
+    # a few are asked for: no list of ten million numbers is made for them
+    return ((source.record(index), partial(reader(source), index)) for index in map(int, order))
 
 
 def first_held_out(args, say: Callable[[str], None]) -> Iterator[tuple[Picture, dict]]:

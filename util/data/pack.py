@@ -12,10 +12,13 @@ happened nor on the number of workers: pixels go to their place in FILE.part, an
 import argparse
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from util.data.augment import View
@@ -32,8 +35,8 @@ from util.data.packed import (
     Header,
     PackedFile,
     aligned,
-    checksum,
     end_of_pixels,
+    new_checksum,
 )
 from util.data.sources import LABELS, Source
 from util.run import args as flags
@@ -42,6 +45,8 @@ from util.run.log import progress
 
 CROPS = ("smart", "centre")
 _ROW_BYTES = 1024  # of the sections for a sample, about; maps come on top
+_SLICE = 65_536  # rows that are Python objects at a time
+BATCH_ROWS = 2**24  # of the section of samples that lie in one piece: 3 GB while they are written
 
 Box = tuple[int, int, int, int]
 
@@ -100,11 +105,21 @@ class Canvases(Chunks):
         return [*region, *picture.size]
 
 
-def packed_table(origin: Origin, journal: Journal) -> pa.Table:
-    """The section "samples": the manifest, its boxes in px of the canvases, and the columns of PACKED_SCHEMA."""
-    facts, canvas = journal.rows(), journal.plan["canvas"]
+def packed_tables(origin: Origin, journal: Journal) -> Iterator[pa.Table]:
+    """The section "samples", BATCH_ROWS of it at a time: the manifest, its boxes in px of the canvases, and the columns
+    of PACKED_SCHEMA."""
+    facts, samples = journal.rows(), len(origin.table)
+    for start in range(0, samples, BATCH_ROWS):
+        parts, end = [], min(start + BATCH_ROWS, samples)
+        for first in range(start, end, _SLICE):
+            part, keys = (whole.slice(first, min(_SLICE, end - first)) for whole in (origin.table, origin.keys))
+            parts += _packed_part(part, keys, list(islice(facts, len(part))), journal.plan["canvas"]).to_batches()
+        yield pa.Table.from_batches(parts, PACKED_SCHEMA).combine_chunks()
+
+
+def _packed_part(table: pa.Table, keys: pa.ChunkedArray, facts: list, canvas: int) -> pa.Table:
+    """Some rows of it. keys, facts: theirs; canvas: px."""
     regions = [None if isinstance(fact, str) else fact[:4] for fact in facts]
-    table = origin.table
     boxes, eyes = (table.column(name).to_pylist() for name in ("box", "eyes"))
     changed = {
         "box": [region and carried_box(box, region, canvas) for box, region in zip(boxes, regions, strict=True)],
@@ -113,16 +128,16 @@ def packed_table(origin: Origin, journal: Journal) -> pa.Table:
             for found, region in zip(eyes, regions, strict=True)
         ],
         "mask_file": [None] * len(facts),  # a mask lies over the picture, not over the canvas
-        "split_key": origin.keys,
         "bad": [fact if isinstance(fact, str) else None for fact in facts],
         "region": regions,
         "picture_size": [None if isinstance(fact, str) else fact[4:] for fact in facts],
     }
+    kept = {"split_key": keys, **{name: table.column(name) for name in table.column_names}}
     columns = [
-        pa.array(changed[field.name], field.type) if field.name in changed else table.column(field.name)
+        pa.array(changed[field.name], field.type) if field.name in changed else kept[field.name]
         for field in PACKED_SCHEMA
     ]
-    return pa.Table.from_arrays(columns, schema=PACKED_SCHEMA).combine_chunks()
+    return pa.Table.from_arrays(columns, schema=PACKED_SCHEMA)
 
 
 class Sections:
@@ -133,19 +148,46 @@ class Sections:
 
     def write(self, name: str, data) -> None:
         """Add a section: anything that has a buffer."""
-        offset, length = aligned(self.end), memoryview(data).nbytes
+        self.write_parts(name, lambda part: part.write(data))
+
+    def write_parts(self, name: str, write: Callable[["_Part"], object]) -> None:
+        """Add a section that `write` writes to what it is given, bit by bit."""
+        offset = aligned(self.end)
         self.file.seek(offset)
+        part = _Part(self.file)
+        write(part)
+        self.end = offset + part.length
+        self.sections[name] = (offset, part.length, part.checksum.hexdigest())
+
+
+class _Part:
+    """What Arrow takes for a file: it writes on to the one that is open, and adds up the checksum."""
+
+    closed = False
+
+    def __init__(self, file):
+        self.file, self.length, self.checksum = file, 0, new_checksum()
+
+    def write(self, data) -> int:
+        length = memoryview(data).nbytes
         self.file.write(data)
-        self.end = offset + length
-        self.sections[name] = (offset, length, checksum(data).hex())
+        self.checksum.update(data)
+        self.length += length
+        return length
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
-def resampled_map(values: np.ndarray, facts: list) -> np.ndarray:
+def resampled_map(values: np.ndarray, facts: Iterable) -> np.ndarray:
     """A semantic map over whole pictures, uint8 (N, h, w), as the canvases show it: uint8 (N, 32, 32).
 
     facts: the rows of the journal. Each cell is the mean of the map over its area; the map of a bad picture is 0.
     """
-    result = np.zeros((len(facts), MAP_CELLS, MAP_CELLS), np.uint8)
+    result = np.zeros((len(values), MAP_CELLS, MAP_CELLS), np.uint8)
     for i, fact in enumerate(facts):
         if not isinstance(fact, str):
             result[i] = View(tuple(fact[:4])).crop_map(values[i], tuple(fact[4:]), (MAP_CELLS, MAP_CELLS))
@@ -159,7 +201,7 @@ def finish(origin: Origin, journal: Journal) -> None:
         with open(journal.part, "rb+") as file:
             file.truncate(journal.end_of_pixels)
             sections = Sections(file, journal.end_of_pixels)
-            sections.write(SAMPLES, _ipc(packed_table(origin, journal)))
+            sections.write_parts(SAMPLES, lambda part: _write_ipc(part, packed_tables(origin, journal)))
             sections.write(CHUNKS, b"".join(bytes.fromhex(done["checksum"]) for done in journal.in_order()))
             for name, values in origin.maps.items():
                 sections.write(f"maps/{name}", resampled_map(values, journal.rows()))
@@ -178,11 +220,10 @@ def finish(origin: Origin, journal: Journal) -> None:
     journal.finish()
 
 
-def _ipc(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
+def _write_ipc(part: _Part, tables: Iterable[pa.Table]) -> None:
+    with pa.ipc.new_file(pa.PythonFile(part, "w"), PACKED_SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
 def check_room(journal: Journal, maps: int) -> None:
@@ -229,18 +270,18 @@ def pack(args: argparse.Namespace) -> None:
 
 def report(origin: Origin, journal: Journal) -> None:
     """Say what was packed, and what was not carried over."""
-    canvas, facts = journal.plan["canvas"], journal.rows()
-    sides = [fact[2] - fact[0] for fact in facts if not isinstance(fact, str)]
+    canvas, samples, table = journal.plan["canvas"], journal.plan["samples"], PackedFile(journal.out).table
     size = journal.out.stat().st_size
     print(
-        f"{journal.out}: {len(facts)} canvases of {canvas} x {canvas} px, {size / 1e9:.3f} GB, "
-        f"{size / len(facts):.0f} bytes each"
+        f"{journal.out}: {samples} canvases of {canvas} x {canvas} px, {size / 1e9:.3f} GB, "
+        f"{size / samples:.0f} bytes each"
     )
-    boxes, kept = origin.table.column("box"), PackedFile(journal.out).table.column("box")
-    hidden = kept.null_count - boxes.null_count
-    masks = len(facts) - origin.table.column("mask_file").null_count
+    hidden = table.column("box").null_count - origin.table.column("box").null_count
+    masks = samples - origin.table.column("mask_file").null_count
+    # flatten leaves out the bad ones, which have no region
+    regions = np.asarray(pc.list_flatten(table.column("region"))).reshape(-1, 4)
     remarks = {
-        "smaller than the canvas, enlarged": sum(side < canvas for side in sides),
+        "smaller than the canvas, enlarged": int((regions[:, 2] - regions[:, 0] < canvas).sum()),
         f"cannot be read, listed in {journal.out}.bad_images.jsonl": len(journal.bad),
         "face boxes not on the canvas, left out": hidden,
         "foreground masks, not carried over": masks,

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from util.run.files import write_text
 from util.run.log import progress
 
 CHUNK = 64  # rows that share a checksum and are written together
+_TAIL_BYTES = 1 << 20  # of the journal, in which the end of its last whole line is looked for
 _WORDS = {
     "finder_files": "the files of the finder",
     "samples": "the number of samples",
@@ -44,8 +46,9 @@ class Journal:
     """The journal of a packing, to be used as a context: it is locked against a second one meanwhile.
 
     out: FILE. part: FILE.part, where the pixels go; they end at `end_of_pixels`, bytes. plan: what is packed, and how;
-    that of an earlier start must be equal, unless `overwrite` gives it up. chunks: number -> what `add` got. bad: row
-    -> why its picture cannot be read. bad_list: the file that lists them. Raises UserError.
+    that of an earlier start must be equal, unless `overwrite` gives it up. chunks: number -> where its line begins in
+    the file, bytes: what `add` got stays on disk, as objects a hundred million rows would take 40 GB. bad: row -> why
+    its picture cannot be read. bad_list: the file that lists them. Raises UserError.
     """
 
     work = "packing"  # for messages
@@ -55,11 +58,11 @@ class Journal:
         self.part = out.with_name(f"{out.name}.part")
         self.path = out.with_name(f"{out.name}.part.jsonl")
         self.bad_list = out.with_name(f"{out.name}.bad_images.jsonl")
-        self.chunks: dict[int, dict] = {}
+        self.chunks: dict[int, int] = {}
         self.bad: dict[int, str] = {}
 
     def __enter__(self) -> "Journal":
-        self._file = open(self.path, "a+", encoding="utf-8")
+        self._file = open(self.path, "a+b")
         try:
             # of this process alone: workers that outlive it for a moment do not hold it
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,53 +81,64 @@ class Journal:
         self._file.close()
 
     def _start(self) -> None:
-        lines = self._whole_lines()
-        changed = difference(lines[0], self.plan) if lines else None
+        self._cut_to_whole_lines()
+        first = self._file.readline()
+        changed = difference(json.loads(first), self.plan) if first else None
         if changed and not self.overwrite:
             raise UserError(
                 f"{self.part} was begun from other data or with other flags ({changed}): give another --out, or "
                 "--overwrite"
             )
-        if not lines or changed or not self.part.exists():
+        if not first or changed or not self.part.exists():
             self._file.truncate(0)
-            lines = []
             self.part.unlink(missing_ok=True)  # what is left of an earlier packing may still be written to for a moment
             with open(self.part, "wb") as part:
                 part.truncate(self.end_of_pixels)
             self._write(self.plan)
-        for done in lines[1:]:
-            self._note(done)
+            return
+        place = len(first)
+        while line := self._file.readline():
+            self._note(json.loads(line), place)
+            place += len(line)
 
-    def _whole_lines(self) -> list[dict]:
-        """The lines so far; one that was cut short by a crash is taken away."""
+    def _cut_to_whole_lines(self) -> None:
+        """Take away a last line that was cut short by a crash, and go to the beginning."""
+        end, tail = self._file.seek(0, os.SEEK_END), b""
+        while end > 0 and b"\n" not in tail:
+            start = max(0, end - _TAIL_BYTES)
+            self._file.seek(start)
+            end, tail = start, self._file.read(end - start)
+        whole = end + tail.rfind(b"\n") + 1
+        if whole != self._file.seek(0, os.SEEK_END):
+            self._file.truncate(whole)
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self._file.truncate(len(whole.encode()))
-        return [json.loads(line) for line in whole.splitlines()]
 
     def add(self, done: dict) -> None:
         """Note a chunk: {"chunk": number, "checksum": hex, "rows": [...]}, a row that is a str says what is wrong."""
-        self._write(done)
-        self._note(done)
+        self._note(done, self._write(done))
 
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    def _write(self, line: dict) -> int:
+        """Append a line; where it begins."""
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
+        return place
 
-    def _note(self, done: dict) -> None:
-        self.chunks[done["chunk"]] = done
+    def _note(self, done: dict, place: int) -> None:
+        self.chunks[done["chunk"]] = place
         first = done["chunk"] * self.plan["chunk"]
         self.bad |= {first + i: row for i, row in enumerate(done["rows"]) if isinstance(row, str)}
 
-    def in_order(self) -> list[dict]:
-        """The chunks by their number."""
-        return [self.chunks[number] for number in sorted(self.chunks)]
+    def in_order(self) -> Iterator[dict]:
+        """The chunks by their number, as `add` got them; read from the file one by one."""
+        for number in sorted(self.chunks):
+            self._file.seek(self.chunks[number])
+            yield json.loads(self._file.readline())
 
-    def rows(self) -> list:
+    def rows(self) -> Iterator:
         """What is known of every canvas."""
-        return [row for done in self.in_order() for row in done["rows"]]
+        for done in self.in_order():
+            yield from done["rows"]
 
     def finish(self) -> None:
         """Give the file its name, and remove the journal."""

@@ -9,9 +9,9 @@ import pyarrow as pa
 from PIL import Image
 
 from util.data.hub import PREFIX, HubSource, open_hub_splits
-from util.data.manifest import SCHEMA
+from util.data.manifest import to_table
 from util.data.maps import check_rows, read_map
-from util.data.sources import MAPS_FOLDER, MAPS_NOTE, FolderSource, Source, open_folder, split_keys
+from util.data.sources import MAPS_FOLDER, MAPS_NOTE, FolderSource, Source, open_folder, split_key_column
 from util.run.errors import UserError
 
 
@@ -54,13 +54,13 @@ class Chain:
 
 
 class Origin:
-    """source: all samples. table: their manifest. keys: the names whose hash decides between train and val.
+    """source: all samples. table: their manifest. keys: the names whose hash decides between train and val, a column.
 
     labels: what settled the identities, "metadata", "folders" or "none". maps: name -> uint8 (N, h, w), over the
     whole pictures. protocols: name -> file.
     """
 
-    def __init__(self, source: Source, table: pa.Table, keys: list[str], labels: str, folder: Path | None = None):
+    def __init__(self, source: Source, table: pa.Table, keys: pa.ChunkedArray, labels: str, folder: Path | None = None):
         self.source, self.table, self.keys, self.labels = source, table, keys, labels
         beside = {kind: _beside(folder, kind, suffix) for kind, suffix in (("maps", "npy"), ("protocols", "parquet"))}
         self.maps = {path.stem: _open_map(path, len(source)) for path in beside["maps"]}
@@ -86,8 +86,9 @@ def open_origin(data_path: str, labels: str) -> Origin:
     if data_path.startswith(PREFIX):
         sources = open_hub_splits(data_path)
         source = Chain(sources) if len(sources) > 1 else sources[0]
-        table = pa.Table.from_pylist([source.record(i) for i in range(len(source))], schema=SCHEMA)
-        return Origin(source, table, source.split_keys(), "metadata")
+        table = to_table((source.record(i) for i in range(len(source))), Path(data_path))
+        keys = pa.chunked_array([source.split_keys()], pa.string())
+        return Origin(source, table, keys, "metadata")
     folder = Path(data_path)
     if folder.is_file():
         raise UserError(f"{data_path} is a file: give the folder of the pictures themselves, or hf:OWNER/NAME")
@@ -96,7 +97,7 @@ def open_origin(data_path: str, labels: str) -> Origin:
     settled = "metadata" if is_prepared else "folders" if manifest.table.column("identity").null_count == 0 else "none"
     source = FolderSource(data_path, manifest, sizes)
     has_more = is_prepared or (folder / MAPS_FOLDER / MAPS_NOTE).is_file()
-    return Origin(source, manifest.table, split_keys(manifest.table), settled, folder if has_more else None)
+    return Origin(source, manifest.table, split_key_column(manifest.table), settled, folder if has_more else None)
 
 
 def _beside(folder: Path | None, kind: str, suffix: str) -> list[Path]:

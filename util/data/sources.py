@@ -18,7 +18,7 @@ from PIL import Image
 
 from util.data.hub import PREFIX, open_hub
 from util.data.images import SUFFIXES, Picture, decode_image
-from util.data.manifest import MANIFEST_NAME, SCHEMA, Manifest, read_manifest
+from util.data.manifest import MANIFEST_NAME, SCHEMA, Manifest, cells, one_array, read_manifest
 from util.data.packed import PackedFile, PackedSource
 from util.data.roles import ROLES, MissingRole, in_part, role_of_name, share_of
 from util.run.errors import UserError
@@ -81,12 +81,12 @@ class FolderSource:
 
     def array(self, name: str) -> pa.Array:
         """The same as an Arrow array, not copied."""
-        return self.manifest.table.column(name).combine_chunks()
+        return one_array(self.manifest.table.column(name))
 
     def stamp(self) -> str:
         """16 hex digits from the size and the time of every file."""
         digest, root = hashlib.blake2b(digest_size=8), os.fspath(self.manifest.root)
-        for name in self.column("file_name"):
+        for name in cells(self.manifest.table.column("file_name")):
             try:
                 found = os.stat(os.path.join(root, name))
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\0".encode())
@@ -198,7 +198,7 @@ def open_source(data_path: str | Path, role: str, *, labels: str = "auto", val_f
     if Path(name).is_file():
         return _open_packed(name, role, labels, val_fraction)
     manifest, sizes = open_folder(name, labels)
-    rows = _role_rows(name, manifest.table, split_keys, role, val_fraction)
+    rows = _role_rows(name, manifest.table, split_key_column, role, val_fraction)
     chosen = np.zeros(len(manifest), dtype=bool)
     chosen[rows] = True
     manifest = manifest.keep(chosen)
@@ -231,9 +231,14 @@ def split_keys(table: pa.Table) -> list[str]:
 
     Pictures cut from one source go to one side, so that no near-copy of a training picture is held out.
     """
+    return split_key_column(table).to_pylist()
+
+
+def split_key_column(table: pa.Table) -> pa.ChunkedArray:
+    """The same as an Arrow column."""
     source, file_name = table.column("source"), table.column("file_name")
     has_source = pc.fill_null(pc.not_equal(source, ""), False)
-    return pc.if_else(has_source, source, file_name).to_pylist()
+    return pc.if_else(has_source, source, file_name)
 
 
 def _open_packed(name: str, role: str, labels: str, val_fraction: float) -> PackedSource:
@@ -241,12 +246,12 @@ def _open_packed(name: str, role: str, labels: str, val_fraction: float) -> Pack
     packed_with = file.header.plan["labels"]
     if labels not in ("auto", "none", packed_with):
         raise UserError(f"{name} was packed with --labels {packed_with}: leave out --labels {labels}, or pack again")
-    rows = _role_rows(name, file.table, lambda part: part.column("split_key").to_pylist(), role, val_fraction)
+    rows = _role_rows(name, file.table, lambda part: part.column("split_key"), role, val_fraction)
     return PackedSource(name, file, rows, labelled=labels != "none")
 
 
 def _role_rows(
-    name: str, table: pa.Table, keys: Callable[[pa.Table], list[str]], role: str, val_fraction: float
+    name: str, table: pa.Table, keys: Callable[[pa.Table], pa.ChunkedArray], role: str, val_fraction: float
 ) -> np.ndarray:
     """The numbers (n,) of the rows that a role gets. keys: of some rows, the names that are hashed."""
     present = set(table.column("split").unique().to_pylist())
@@ -258,7 +263,7 @@ def _role_rows(
     inside = pc.is_in(table.column("split"), value_set=pa.array(ROLES[share.of], pa.string()))
     rows = np.flatnonzero(np.asarray(inside))
     if share.part != "all":
-        rows = rows[in_part(keys(table.filter(inside)), share.part, val_fraction)]
+        rows = rows[in_part(cells(keys(table.filter(inside))), share.part, val_fraction)]
     if not len(rows):
         raise MissingRole(f"{name} has no picture left for {role!r} at --val_fraction {val_fraction}: change it")
     return rows
@@ -363,6 +368,32 @@ def _identities(folder: Path, parents: list[list[str]], labels: str) -> list[str
 def _fingerprint(table: pa.Table, sizes: np.ndarray | None) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for batch in table.combine_chunks().to_batches():
-        digest.update(batch.serialize())
+        sink = _Digested(digest, skipped=batch.schema.serialize().size)
+        with pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema) as stream:
+            stream.write_batch(batch)
+            sink.is_done = True  # what ends a stream does not count
     digest.update(b"" if sizes is None else sizes.tobytes())
     return digest.hexdigest()
+
+
+class _Digested:
+    """A file that is digested but for its first bytes: those of `batch.serialize()`, without a copy of the batch."""
+
+    closed = False
+
+    def __init__(self, digest, skipped: int):
+        self.digest, self.skipped, self.is_done = digest, skipped, False
+
+    def write(self, data) -> int:
+        data = memoryview(data)
+        counted = data[min(self.skipped, len(data)) :]
+        self.skipped -= len(data) - len(counted)
+        if not self.is_done:
+            self.digest.update(counted)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -11,6 +11,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 
 _MASK32 = 0xFFFFFFFF
+_ROUNDS = 6  # of the Feistel network; four already leave no pattern (Luby and Rackoff, 1988)
 
 
 def rng_for(*key: int | str) -> np.random.Generator:
@@ -43,6 +44,32 @@ def _key128(key: tuple) -> int:
 def _digest(key: tuple) -> bytes:
     text = "\0".join(f"{type(part).__name__[0]}{part}" for part in key)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def permuted(places: np.ndarray, length: int, *key: int | str) -> np.ndarray:
+    """What a permutation of range(length) keyed by `key` has at `places` (n,): (n,) int64. It is never laid out.
+
+    A Feistel network over the next power of four, followed until it comes back into the range (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002): one pass in the mean of 1 to 4. Its round function is the finalizer
+    of SplitMix64.
+    """
+    half = np.uint64((max(length - 1, 1).bit_length() + 1) // 2)
+    mask, rounds = np.uint64((1 << int(half)) - 1), rng_for(*key).integers(0, 2**64, _ROUNDS, dtype=np.uint64)
+    values = np.array(places, dtype=np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & mask
+        for word in rounds:
+            left, right = right, left ^ (_mix64(right ^ word) & mask)
+        values[outside] = (left << half) | right
+        outside = outside[values[outside] >= length]
+    return values.astype(np.int64)
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def uniform_for(seed: int, epoch: int, index: torch.Tensor, count: int, purpose: str = "uniform") -> torch.Tensor:
