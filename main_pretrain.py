@@ -61,6 +61,7 @@ def get_args(argv: list[str] | None = None):
     add_remedy_args(parser)
     flags.add_crop_arg(group, 0.2)
     flags.add_augment_arg(group)
+    flags.add_shard_arg(group)
     flags.add_unfreeze_args(group, first="the decoder")
     group.add_argument("--eval_images", type=flags.count0, default=128, help="held-out images per evaluation; 0: none")
     args = parser.parse_args(argv)
@@ -124,28 +125,34 @@ def check_remedies(args) -> None:
 
 
 class HeldOut:
-    """Fixed held-out images under fixed masks: their loss, their PSNR, and a picture of the first few."""
+    """Fixed held-out images under fixed masks: their loss, their PSNR, and a picture of the first few.
 
-    def __init__(self, args, run: RunFolder, device: torch.device):
+    The processes share the images out, and all of them return the figures of all images.
+    """
+
+    def __init__(self, args, here: Session):
         crop = EvalCrop(flags.height_width(args.input_size))
-        images = [crop(picture, record) for picture, record in first_held_out(args, run.say)]
-        self.images, self.args, self.run, self.device = torch.stack(images), args, run, device
+        images = [crop(picture, record) for picture, record in first_held_out(args, here.run.say)]
+        self.count, self.index = len(images), torch.tensor(here.world.rows(len(images)))
+        self.images, self.args, self.here = torch.stack(images)[self.index], args, here
 
     def __call__(self, model, epoch: int) -> dict[str, float]:
-        parts = {"images": [], "pred": [], "pasted": [], "mask": [], "loss": []}
-        for index in torch.arange(len(self.images)).split(self.args.batch_size):
-            images = to_unit(self.images[index].to(self.device))
-            noise = uniform_for(self.args.seed, 0, index.to(self.device), model.num_patches(images))
+        world, device = self.here.world, self.here.device
+        count = min(SHOWN, self.count)
+        figures, few, wanted = [], [], len(world.rows(count))
+        for own in torch.arange(len(self.images)).split(self.args.batch_size):
+            images = to_unit(self.images[own].to(device))
+            noise = uniform_for(self.args.seed, 0, self.index[own].to(device), model.num_patches(images))
             shown = model.reconstruct(images, random_mask(noise, self.args.mask_ratio)) | {"images": images}
-            for name, values in parts.items():
-                values.append(shown[name].cpu())
-        shown = {name: torch.cat(values) for name, values in parts.items()}
-        result = {
-            "loss": shown["loss"].mean().item(),
-            "psnr_db": psnr(shown["images"], shown["pasted"]).mean().item(),
-        }
-        self._draw({name: values[:SHOWN] for name, values in shown.items()}, epoch, result["psnr_db"])
-        return result
+            figures.append(torch.stack([shown["loss"], psnr(images, shown["pasted"])]))
+            if own[0] < wanted:
+                few.append({name: shown[name] for name in ("images", "pred", "pasted", "mask")})
+        loss, psnr_db = (world.collect(values)[: self.count].mean().item() for values in torch.cat(figures, dim=1))
+        few = {name: torch.cat([part[name] for part in few])[:wanted] for name in few[0]}
+        few = {name: world.collect(values)[:count].cpu() for name, values in few.items()}
+        if world.is_main:
+            self._draw(few, epoch, psnr_db)
+        return {"loss": loss, "psnr_db": psnr_db}
 
     def _draw(self, shown: dict, epoch: int, psnr_db: float) -> None:
         masked = torch.where(shown["mask"] > 0, 0.5, shown["images"])
@@ -156,7 +163,7 @@ class HeldOut:
             column_titles=titles,
             title=f"epoch {epoch}, {self.args.mask_ratio:.0%} masked, PSNR {psnr_db:.2f} dB{note}",
         )
-        self.run.picture("reconstruction", picture, epoch)
+        self.here.run.picture("reconstruction", picture, epoch)
 
 
 def build_model(args, run: RunFolder, fresh: bool) -> torch.nn.Module:
@@ -230,7 +237,7 @@ def count_images(args) -> int:
 
 def pretrain(args, here: Session) -> None:
     """Set up, resume, train, and write results.json."""
-    model = build_model(args, here.run, fresh=here.resume_from is None).to(here.device)
+    model = here.placed(build_model(args, here.run, fresh=here.resume_from is None))
     patches = model.grid[0] * model.grid[1]
     if not 0 < visible_count(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio:g} of {patches} patches leaves none to see or none to predict")
@@ -244,7 +251,7 @@ def pretrain(args, here: Session) -> None:
 
     settle_batch_size(args, here, model, blank_step, lambda: count_images(args))
     loader = open_loader(args, train_crop(args), here.world, here.device, maps, model.grid)
-    evaluate = HeldOut(args, here.run, here.device) if args.eval_images and here.world.is_main else None
+    evaluate = HeldOut(args, here) if args.eval_images else None
     lr = args.lr if args.lr is not None else args.blr * loader.step_images / 256
     stage = None
     if args.unfreeze_every:

@@ -57,7 +57,7 @@ positive = number(float, 1e-12)
 # flags that say where and how a run takes place, and not what it learns
 BOOKKEEPING = frozenset({
     "output_dir", "log_dir", "resume", "max_steps", "device", "num_workers", "log_every", "save_steps", "max_bad",
-    "eval_images", "eval_every", "compile", "grad_checkpoint", "augment_on",
+    "eval_images", "eval_every", "compile", "grad_checkpoint", "augment_on", "fsdp",
 })  # fmt: skip
 
 AUTO = "auto"
@@ -229,6 +229,16 @@ def add_device_args(group) -> None:
 def add_compile_arg(group) -> None:
     """Whether the network is compiled."""
     group.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the model")
+
+
+def add_shard_arg(group) -> None:
+    """Whether several processes share a model out, each holding a part of it."""
+    group.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="share weights, gradients and optimizer states out over the processes, for a model larger than one card's "
+        "memory; without torch.compile",
+    )
 
 
 def add_runtime_args(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,26 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def rows(self, count: int) -> list[int]:
+        """This process's share of the rows 0, 1, ... of `count`: every size-th one.
+
+        All processes have equally many, because they run a sharded model together: where that does not come out even,
+        the first rows are dealt once more.
+        """
+        return [(self.rank + turn * self.size) % count for turn in range(-(-count // self.size))]
+
+    def collect(self, own: torch.Tensor) -> torch.Tensor:
+        """What all processes have computed of their `rows`, in the order of the rows; on every process.
+
+        own: (n, ...) on the device, the same n everywhere: all rows of a process, or the same stretch of them. Returns
+        (size * n, ...); rows that were dealt twice come last.
+        """
+        if self.size == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

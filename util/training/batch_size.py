@@ -33,6 +33,8 @@ def settle_batch_size(
     """
     if args.batch_size != AUTO or _keep_batch(args, here):
         return
+    if here.sharded:
+        raise UserError("--batch_size auto cannot foresee what a share of a model takes: give a number with --fsdp")
     if args.grad_checkpoint:
         checkpoint_blocks(model)
     here.world.barrier()  # the others' weights are to be there already when free memory is read

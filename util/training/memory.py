@@ -15,6 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from util.run.errors import UserError
 
 
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of an encoder and a decoder, in which nearly all of the weights lie; none of a convolutional one."""
+    return [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, ())]
+
+
 def checkpoint_blocks(model: nn.Module) -> int:
     """Keep the inputs alone of the blocks in `blocks` and `decoder_blocks`; their insides are computed twice.
 
@@ -22,7 +27,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     numbers of dropout and stochastic depth included. The state dict stays as it is. Returns the number of blocks;
     calling it again changes nothing. UserError for a model without such blocks.
     """
-    blocks = [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, ())]
+    blocks = transformer_blocks(model)
     if not blocks:
         raise UserError("--grad_checkpoint recomputes transformer blocks, and there are none to train: leave it out")
     for block in blocks:

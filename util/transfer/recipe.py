@@ -6,6 +6,7 @@ parameters learn, and at which rate.
 
 import argparse
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from util.training.batch_size import settle_batch_size
 from util.training.checkpoint import read_checkpoint
 from util.training.optim import WarmupCosine, make_optimizer
 from util.training.session import Session, fit
+from util.training.sharded import put_back
 from util.transfer.heads import HEADS, MarginHead, set_margin_progress
 from util.transfer.lora import TARGETS
 
@@ -83,6 +85,7 @@ def add_training_args(parser: flags.Parser, *, head_lr: float, mixes: bool) -> N
     """The flags of the scripts that train through the network. mixes: offer mixup and its kind."""
     group = parser.add_argument_group("head and regularization")
     flags.add_augment_arg(group)
+    flags.add_shard_arg(group)
     group.add_argument("--head_lr", type=flags.positive, default=head_lr, help="learning rate of the head, absolute")
     group.add_argument("--scale", type=flags.positive, default=None, help="of margin heads; default: 64")
     group.add_argument(
@@ -150,7 +153,10 @@ def _mixer(args: argparse.Namespace, classes: int) -> Callable | None:
 
 
 class Validation:
-    """Loss, Top-1, Top-5 and macro-F1 of a model on held-out samples, each seen once, in its smart crop."""
+    """Loss, Top-1, Top-5 and macro-F1 of a model on held-out samples, each seen once, in its smart crop.
+
+    The processes share the samples out, and all of them return the figures of all samples.
+    """
 
     def __init__(self, here: Session, task: Labelled, source: Source):
         self.here, self.source, self.classes = here, source, task.numbers
@@ -159,21 +165,27 @@ class Validation:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, epoch: int = 0) -> dict[str, float]:
-        args, device = self.here.args, self.here.device
+        args, device, world = self.here.args, self.here.device, self.here.world
         crop = EvalCrop(flags.height_width(args.input_size))
         model.eval()
-        logits, labels = [], []
+        parts, bad = [], []
         for batch in in_order(
             self.source, crop, batch_size=args.batch_size, num_workers=args.num_workers, device=device,
-            classes=self.classes,
+            classes=self.classes, rows=world.rows(len(self.source)),
         ):  # fmt: skip
             with autocast(device, self.precision):
                 scores = model(to_unit(batch["image"].to(device)))
-            self._leave_out(batch["bad"])
-            good = readable(batch)
-            logits.append(scores.float().cpu()[good])
-            labels.append(batch["label"][good])
-        return score(torch.cat(logits), torch.cat(labels))
+            bad += batch["bad"]
+            facts = (scores.float(), batch["label"].to(device), readable(batch).to(device))
+            parts.append([world.collect(fact).cpu() for fact in facts])
+            if not world.is_main:
+                parts.clear()
+        self._leave_out(sorted(chain.from_iterable(world.gather_objects(bad))))
+        figures = None
+        if world.is_main:
+            logits, labels, good = (torch.cat(part)[: len(self.source)] for part in zip(*parts, strict=True))
+            figures = score(logits[good], labels[good])
+        return world.gather_objects(figures)[0]
 
     def _leave_out(self, bad: list[tuple[int, str, str]]) -> None:
         for _, path, reason in bad:
@@ -198,7 +210,7 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
     groups: parameter groups for a base learning rate. parts: further fields of util.training.loop.Setup.
     """
     args, device = here.args, here.device
-    model = model.to(device)
+    model = here.placed(model)
     step = classification_step(args, model.head, len(task.classes))
     settle_batch_size(args, here, model, step, lambda: len(task.train))
     options = loader_options(args, here.world, device)
@@ -219,15 +231,15 @@ def transfer(here: Session, task: Labelled, model: nn.Module, groups: Callable[[
         loader=loader,
         optimizer=make_optimizer(groups(lr), lr, device, BETAS),
         schedule=cosine(args, lr, loader.steps),
-        evaluate=Validation(here, task, task.val) if here.world.is_main else None,
+        evaluate=Validation(here, task, task.val),
         best_of=("top1", "max"),
         patience=args.patience,
         **parts,
     )
     if results:
-        if results["finished"] and task.test is not None and here.world.is_main:
-            best = read_checkpoint(here.run.best)["model"]
-            model.load_state_dict({**model.state_dict(), **best})
+        if results["finished"] and task.test is not None:
+            here.world.barrier()  # the main process may still be writing the checkpoint
+            put_back(model, read_checkpoint(here.run.best)["model"])
             results["test"] = Validation(here, task, task.test)(model)
         report(here, task, results)
 
