@@ -25,7 +25,7 @@ from util.data.images import BadImage, decode_image
 from util.run import args as flags
 from util.run.device import inference_batch, pick_device, pick_precision
 from util.run.errors import UserError, cli
-from util.run.files import write_text
+from util.run.files import only_writer, write_text
 from util.run.log import progress, provenance, write_json
 from util.training.checkpoint import plain_args
 from util.training.pretrained import fingerprint_of
@@ -103,7 +103,18 @@ def _cluster_name(text: str) -> tuple[int, str]:
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    out, folder = Path(args.output_dir), Path(args.folder)
+    out = Path(args.output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {out} cannot be made ({error.strerror}): choose another") from error
+    with only_writer(out):
+        identify(args, out)
+
+
+def identify(args: argparse.Namespace, out: Path) -> None:
+    """Find, embed, group and name the faces; write what was found to `out`."""
+    folder = Path(args.folder)
     place = Path(args.gallery or out / "gallery")
     pictures = list_pictures(folder, leave_out=(out, place))
     search, weights = open_search(args)

@@ -36,6 +36,7 @@ from util.mae.masking import Masking, random_mask
 from util.run import args as flags
 from util.run.device import autocast, pick_device, pick_precision
 from util.run.errors import UserError, cli
+from util.run.files import only_writer
 from util.run.log import RunFolder, provenance
 from util.run.seed import rng_for
 
@@ -305,6 +306,12 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     started, device = time.perf_counter(), pick_device(args.device)
     folder = RunFolder(args.output_dir, is_main=True)
+    with only_writer(folder.path):
+        judge(args, folder, device, started)
+
+
+def judge(args, folder: RunFolder, device: torch.device, started: float) -> None:
+    """Measure every score that the data allow, and write them down."""
     data = open_data(args)
     scores, skipped = score(args.ckpt, data, args, device)
     write_scores(folder.path / SCORES_NAME, scores, protocol(args, data))

@@ -289,8 +289,9 @@ def test_a_run_that_was_stopped_goes_on(pictures, ckpt, monkeypatch):
     monkeypatch.setattr(face_search, "PICTURES", 3)
     monkeypatch.setattr(face_search, "AHEAD", 1)
     monkeypatch.setattr(face_search, "_decode", stop_at_the_ninth)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         identify.main(call(pictures, ckpt))
+    assert stop.value.code == 130
     identify.main(call(pictures, ckpt))
     again = looked[9:]
     assert len(rows_of(pictures)) == 12 and len(again) == 13 - 6

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.run.errors import UserError
-from util.run.files import write_text
+from util.run.files import is_temporary, write_text
 
 LOCK_PATIENCE_S = 3.0  # the data workers of a run that failed may outlive it for a moment
 USER_ERROR = 2  # the exit status of a run that would fail again in the same way
@@ -78,7 +78,7 @@ class Run:
             raise UserError(f"{self.name}: there is no script {self.command[0]}: see --command")
         record = self._record()
         if record is None:
-            if self.folder.exists() and any(path.is_file() for path in self.folder.iterdir()):
+            if self.folder.exists() and any(map(self._is_foreign, self.folder.iterdir())):
                 raise UserError(f"{self.folder} holds files that no grid made: choose another --out")
         elif tuple(record["command"]) != self.command:
             there, wanted = _difference(record["command"], self.command)
@@ -86,6 +86,11 @@ class Run:
                 f"{self.folder} holds a run of another command (there: {there}; wanted: {wanted}): "
                 "choose another --out, or remove that folder"
             )
+
+    def _is_foreign(self, path: Path) -> bool:
+        """Whether a file was there before the grid: one that was killed at once leaves an empty output.txt."""
+        began = path == self.output and not path.stat().st_size
+        return path.is_file() and not began and not is_temporary(path)
 
     def is_running(self) -> bool:
         """Whether a process is at work in the folder, of this grid, another one, or one that was killed."""

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from importlib import metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from util.run.causes import disk_trouble
 from util.run.device import describe_device
 from util.run.errors import UserError
 from util.run.files import write_atomically, write_text
@@ -33,6 +35,14 @@ def _plain(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of log.txt; infinite where it is not whole."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def provenance(args: dict, device: torch.device, data_fingerprint: str | None = None) -> dict:
@@ -72,6 +82,12 @@ def progress(iterable: Iterable | None = None, *, disable: bool = False, **optio
     return tqdm(iterable, disable=disable or not sys.stderr.isatty(), dynamic_ncols=True, leave=False, **options)
 
 
+def _thread_failed(failed) -> None:
+    """TensorBoard's thread hands a full disk on to whoever writes next: no traceback of its own."""
+    if disk_trouble(failed.exc_value) is None:
+        threading.__excepthook__(failed)
+
+
 class RunFolder:
     """The output folder of a training run. Only the main process writes; on the others every call is silent."""
 
@@ -79,6 +95,8 @@ class RunFolder:
         self.path = Path(output_dir)
         self.is_main = is_main
         self.last = self.path / "checkpoint-last.pth"
+        self.previous = self.path / "checkpoint-previous.pth"
+        self.damaged = self.path / "checkpoint-damaged.pth"
         self.best = self.path / "checkpoint-best.pth"
         self._log_dir = log_dir or self.path
         self._writer = None
@@ -110,11 +128,12 @@ class RunFolder:
         log = self.path / "log.txt"
         if log.exists():
             # a last line that a crash cut short is of an epoch that will run again
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _epoch_of(line) < first_epoch]
             write_text(log, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        threading.excepthook = _thread_failed
         try:
             # what was logged after the checkpoint will be logged again
             self._writer = SummaryWriter(str(self._log_dir), purge_step=first_step + 1)
@@ -141,25 +160,12 @@ class RunFolder:
             with open(self.path / "log.txt", "a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(values)) + "\n")
 
-    def checkpoint_to_resume(self, resume: str) -> Path | None:
-        """The checkpoint that --resume means: none, a file, or with "auto" the folder's last one if there is any.
-
-        UserError where a new run would write over an old one: nothing is lost by accident.
-        """
-        if resume == "auto":
-            return self.last if self.last.exists() else None
-        if resume:
-            return Path(resume)
-        if self.last.exists():
-            raise UserError(
-                f"{self.path} holds a run already: go on with --resume auto, or choose another --output_dir"
-            )
-        return None
-
     def is_finished(self) -> bool:
         """Whether results.json says that the run was brought to its end."""
-        path = self.path / "results.json"
-        return path.exists() and json.loads(path.read_text())["finished"]
+        try:
+            return json.loads((self.path / "results.json").read_bytes())["finished"]
+        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is written again
+            return False
 
     def results(self, values: dict) -> None:
         """Write results.json."""

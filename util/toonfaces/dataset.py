@@ -5,7 +5,10 @@ run goes on with the missing chunks; a folder of other arguments is refused. So 
 """
 
 import json
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,7 +19,7 @@ from tqdm import tqdm
 
 from util.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from util.run.errors import UserError
-from util.run.files import write_text
+from util.run.files import is_temporary, only_writer, write_atomically, write_text
 from util.toonfaces.identity import Identity, make_identities
 from util.toonfaces.look import Look, draw_look
 from util.toonfaces.render import Face, render_face
@@ -63,7 +66,21 @@ def write_scenes(out: Path, recipe: Recipe, workers: int) -> bool:
 
 
 def _write(out: Path, recipe: Recipe, count: int, draw: Callable, workers: int, unit: str) -> bool:
-    if _is_complete(out, recipe):
+    if _is_complete(out, recipe) and not _leftovers(out):
+        return False
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another") from error
+    with only_writer(out, "--out"):
+        return _fill(out, recipe, count, draw, workers, unit)
+
+
+def _fill(out: Path, recipe: Recipe, count: int, draw: Callable, workers: int, unit: str) -> bool:
+    """Draw what is missing, for the one process that holds `out`."""
+    if _is_complete(out, recipe):  # of a run that was stopped between manifest and cleaning up
+        for rest in _leftovers(out):
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         return False
     _claim(out, recipe)
     missing = [start for start in range(0, count, CHUNK) if not _part(out, start).is_file()]
@@ -84,9 +101,11 @@ def _is_complete(out: Path, recipe: Recipe) -> bool:
         return False
     if read_manifest(out).metadata.get("recipe") != recipe.text():
         raise UserError(f"{out} holds a data set made with other arguments: choose another --out, or delete it")
-    for rest in (out / _MARKER, out / _PARTS):  # of a run that was stopped between manifest and cleaning up
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
     return True
+
+
+def _leftovers(out: Path) -> list[Path]:
+    return [rest for rest in (out / _MARKER, out / _PARTS) if rest.exists()]
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -97,7 +116,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
             raise UserError(
                 f"{out} holds an unfinished data set with other arguments: delete it or choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not all(map(is_temporary, out.iterdir())):
         raise UserError(f"{out} exists and is no unfinished ToonFaces folder: choose another --out, or empty it")
     for name in ("images", "masks", _PARTS):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -113,8 +132,18 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[int]:
     if workers == 0 or len(jobs) < 2:
         yield from map(_do, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
         yield from pool.map(_do, jobs)
+
+
+def _end_with_parent() -> None:
+    """A worker of a process that was killed would wait for work forever: let it end at once."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _do(job: tuple) -> int:
@@ -148,8 +177,12 @@ def _draw_scenes(out: Path, recipe: Recipe, start: int, stop: int) -> list[dict]
 
 
 def _save(out: Path, name: str, picture) -> None:
-    picture.image.save(out / "images" / f"{name}.png", compress_level=1)
-    picture.mask.save(out / "masks" / f"{name}.png", compress_level=1)
+    for folder, image in (("images", picture.image), ("masks", picture.mask)):
+        write_atomically(
+            out / folder / f"{name}.png",
+            lambda part, image=image: image.save(part, format="PNG", compress_level=1),
+            sync=False,  # thousands of small files: a power cut would cost the folder, a kill costs nothing
+        )
 
 
 def _row(sample_id: str, file: str, split: str, identity: Identity, look: Look, face: Face) -> dict:

@@ -1,7 +1,10 @@
 """Checkpoints in the official MAE layout, written so that a kill at any moment leaves a whole file."""
 
 import argparse
+import os
 import re
+import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from util.run.args import BOOKKEEPING
 from util.run.errors import UserError
 from util.run.files import write_atomically
+from util.run.log import RunFolder
 
 
 @dataclass
@@ -34,9 +38,81 @@ class Progress:
     best_epoch: int | None = None  # the same for the best one
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write {"model": ..., "optimizer": ..., "epoch": ..., ...}: tensors and plain types only."""
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+def save_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+    """Write {"model": ..., "optimizer": ..., "epoch": ..., ...}: tensors and plain types only.
+
+    previous: what was at `path` before goes on under this name.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # to a path torch would not say why it cannot write
+            torch.save(checkpoint, file)
+        if previous is not None and path.exists():  # only now: until the new one is whole, both are kept
+            write_atomically(previous, lambda spare: _link(path, spare))
+
+    write_atomically(path, write)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name; a copy where the file system knows no such thing."""
+    name.unlink()
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None where nothing is, or nothing is known.
+
+    torch.save stores a CRC-32 of every tensor, but torch.load does not look at it and returns wrong weights. Files of
+    torch before 1.6, and those written without checksums, cannot be judged.
+    """
+    if not _is_archive(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as stored:
+            if sum(entry.file_size for entry in stored.infolist()) > path.stat().st_size:
+                return "it unpacks to more than it holds, and torch.save packs nothing"
+            unchecked = not any(entry.CRC for entry in stored.infolist())
+            wrong = None if unchecked else stored.testzip()
+    except Exception as error:  # a flipped bit makes zipfile fail in many ways, NotImplementedError included
+        return f"cut short or damaged: {error}"
+    return wrong and f"{wrong} differs from its checksum"
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do since torch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def checkpoint_to_resume(run: RunFolder, resume: str) -> Path | None:
+    """The checkpoint that --resume means: none, a file, or with "auto" the folder's last one that is whole, if any.
+
+    Says so where that is not the last. UserError where none is whole, and where a new run would write over an old one:
+    nothing is lost by accident.
+    """
+    there = [path for path in (run.last, run.previous) if path.exists()]
+    if resume and resume != "auto":
+        return Path(resume)
+    if there and not resume:
+        raise UserError(f"{run.path} holds a run already: go on with --resume auto, or choose another --output_dir")
+    for path in there:
+        reason = damage(path) if _is_archive(path) else "cut short or damaged"
+        if reason is None:
+            return path
+        run.say(f"warning: {path} cannot be used ({reason})")
+    if there:
+        raise UserError(f"no checkpoint in {run.path} is whole: restore one, or remove them to begin anew")
+    return None
+
+
+def set_aside_damaged(run: RunFolder, resume_from: Path | None) -> None:
+    """Where a run goes on from its previous checkpoint, no later save may take the damaged last one for that."""
+    if resume_from == run.previous and run.last.exists():
+        os.replace(run.last, run.damaged)
+        run.say(f"going on from the checkpoint before it, {run.previous}; the damaged one is now {run.damaged}")
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -47,6 +123,8 @@ def read_checkpoint(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check the path")
+    if reason := damage(path):
+        raise UserError(f"{path} is damaged ({reason}): restore it, or name another file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -73,6 +151,19 @@ def plain_args(args: argparse.Namespace) -> dict:
 _FREE_FLAGS = BOOKKEEPING | {"data_path", "batch_size", "accum_iter", "init"}
 
 
+def _progress_of(checkpoint: dict, path: Path) -> Progress:
+    try:
+        progress = Progress(**checkpoint["progress"])
+        counts = (progress.epoch, progress.step, progress.global_step, progress.step_images, progress.val_epoch)
+        if not all(type(number) is int and number >= 0 for number in counts):
+            raise ValueError(f"epoch and steps {counts}")
+        if not isinstance(progress.sums, list) or not isinstance(checkpoint["args"], dict):
+            raise ValueError("its sums or flags are none")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say where its run stands ({error}): resume from another one") from error
+    return progress
+
+
 def restore(
     path: Path,
     model: torch.nn.Module,
@@ -91,7 +182,7 @@ def restore(
     UserError otherwise, and for a checkpoint of another model or without an optimizer.
     """
     checkpoint = read_checkpoint(path)
-    if not {"model", "optimizer", "progress"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"model", "optimizer", "progress", "args"} <= checkpoint.keys():
         raise UserError(f"{path} holds weights but no run to go on with: start from it with --init")
     for name, value in (notes or {}).items():
         if checkpoint.get(name) != value:
@@ -101,14 +192,14 @@ def restore(
         others = select(model.state_dict(), lambda name: saved is not None and not saved(name))
         model.load_state_dict({**others, **checkpoint["model"]})
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"{path} is of another model ({reason}): resume with the flags it was made with") from error
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)  # a changed --weight_decay counts
-    if checkpoint["scaler"] and scaler.is_enabled():
+    if checkpoint.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
-    progress = Progress(**checkpoint["progress"])
+    progress = _progress_of(checkpoint, path)
     if progress.step_images != loader.step_images:
         raise UserError(
             f"{path} is of a run with {progress.step_images} images per step, now there are {loader.step_images}: "

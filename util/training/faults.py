@@ -68,6 +68,7 @@ class BadImages:
     def __init__(self, run: RunFolder, total: int, max_share: float, resumed: bool):
         self.path, self.run, self.total, self.max_share = run.path / "bad_images.jsonl", run, total, max_share
         self.found: dict[int, dict] = {}
+        self.fresh: dict[int, dict] = {}  # found by this process since all were brought together
         self.written = 0
         if resumed and self.path.exists():
             entries = [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -83,12 +84,14 @@ class BadImages:
 
     def add(self, bad: tuple[int, str, str]) -> None:
         """Note a damaged image: (index, path, reason)."""
-        self.found[bad[0]] = dict(zip(("index", "path", "reason"), bad, strict=True))
+        if bad[0] not in self.found:
+            self.found[bad[0]] = self.fresh[bad[0]] = dict(zip(("index", "path", "reason"), bad, strict=True))
 
     def merge(self, world: World) -> None:
         """Bring together what all processes found, and write the list if it grew."""
-        for found in world.gather_objects(self.found):
+        for found in world.gather_objects(self.fresh):
             self.found |= found
+        self.fresh = {}
         if len(self.found) > self.written and self.run.is_main:
             entries = [self.found[index] for index in sorted(self.found)]
             write_text(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
@@ -105,7 +108,10 @@ class BadImages:
 
 
 class Signals:
-    """Turns SIGTERM, SIGINT and SIGHUP into a wish to stop; one that comes seconds later acts at once."""
+    """Turns SIGTERM, SIGINT and SIGHUP into a wish to stop; one that comes seconds later acts at once.
+
+    One that is ignored stays so: a run under nohup goes on when its terminal is closed.
+    """
 
     def __init__(self):
         self.received = 0
@@ -114,7 +120,8 @@ class Signals:
 
     def __enter__(self):
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._before[signum] = signal.signal(signum, self._note)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._note)
         return self
 
     def _note(self, signum: int, frame) -> None:

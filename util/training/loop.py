@@ -28,6 +28,7 @@ from util.training.checkpoint import Progress, plain_args, save_checkpoint, sele
 from util.training.compile import Compiled
 from util.training.faults import BadImages, NonFiniteGuard, Signals, Stopped
 from util.training.optim import WarmupCosine
+from util.training.sharded import own_part, whole, whole_state
 
 
 @dataclass
@@ -46,13 +47,15 @@ class Setup:
     precision: str
     scaler: torch.amp.GradScaler
     run: RunFolder
-    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None  # (model, epochs done), main process only
+    # (model, epochs done) -> figures, the same on all processes that have it: all, or the main one alone
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
     stage: Callable[[int], list[str]] | None = None  # progressive unfreezing; see util.training.optim
     best_of: tuple[str, str] = ("loss", "min")  # the evaluation figure that makes a checkpoint the best
     patience: int | None = None  # epochs without a better figure after which the run is over
     saved: Callable[[str], bool] | None = None  # which names of the state dict checkpoints hold; all by default
     best_state: Callable[[], dict] | None = None  # the state dict of checkpoint-best.pth; by default as in the last
     notes: dict = field(default_factory=dict)  # plain facts that go into checkpoints, beside the weights
+    sharded: bool = False  # whether the model is shared out over the processes (util.training.sharded)
 
     def is_over(self, progress: Progress) -> bool:
         """Whether the last epoch is done, or `patience` epochs brought nothing better."""
@@ -79,6 +82,7 @@ class _Trainer:
         self.guard = NonFiniteGuard(setup.optimizer, setup.scaler, self.device)
         self.bad = BadImages(setup.run, setup.loader.images, self.args.max_bad, resumed=state.global_step > 0)
         self.wrapped = None
+        self.exchanges = False  # whether `wrapped` is DistributedDataParallel
         self.compiled: Compiled | None = None  # what `wrapped` is or holds, until its first step is done
         self.trainable = None
         self.stop_signal = 0  # what all processes agreed on, unlike signals.received, which is this one's own
@@ -122,9 +126,10 @@ class _Trainer:
             self.setup.run.say(f"epoch {self.state.epoch}: {len(trainable)} weights and biases are trainable")
         self.trainable = trainable
         model = self.setup.model
-        if devices.use_compile(self.args.compile, self.device, self.total_steps):
+        if not self.setup.sharded and devices.use_compile(self.args.compile, self.device, self.total_steps):
             model = self.compiled = Compiled(model, self.setup.run.say)
-        if self.world.size > 1:
+        self.exchanges = self.world.size > 1 and not self.setup.sharded
+        if self.exchanges:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # gloo: without the search for unused parameters the gradient buckets are laid out anew after the first
             # step, and from three processes on a resumed run would add in another order than an uninterrupted one
@@ -201,8 +206,8 @@ class _Trainer:
             for bad in batch["bad"]:
                 self.bad.add(bad)
             last = micro == args.accum_iter - 1
-            # gradients are exchanged once per step, not once per batch
-            with self.wrapped.no_sync() if self.world.size > 1 and not last else nullcontext():
+            # gradients are exchanged once per step, not once per batch; of a sharded model nobody has room for all
+            with self.wrapped.no_sync() if self.exchanges and not last else nullcontext():
                 with devices.autocast(self.device, setup.precision):
                     out = setup.step_fn(self.wrapped, batch)
                 setup.scaler.scale(out["loss"] / args.accum_iter).backward()
@@ -211,7 +216,7 @@ class _Trainer:
                 scalars[name] = scalars.get(name, 0.0) + value.detach().float() / args.accum_iter
         setup.scaler.unscale_(setup.optimizer)
         parameters = [p for group in setup.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
         if args.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
         self.guard.step(scalars["loss"], norm, state.global_step)
@@ -281,7 +286,7 @@ class _Trainer:
         if state.epoch % self.args.eval_every and state.epoch != self.args.epochs:
             return False
         better = diverged = False
-        if setup.evaluate:  # on the main process only
+        if setup.evaluate:
             setup.model.eval()
             state.val = setup.evaluate(setup.model, state.epoch)
             line |= {f"val_{name}": value for name, value in state.val.items()}
@@ -304,18 +309,21 @@ class _Trainer:
     def _save(self, best: bool = False) -> None:
         """Write checkpoint-last.pth, and checkpoint-best.pth too if this is the best model so far."""
         setup = self.setup
-        weights = torch.stack([value.detach().isfinite().all() for value in setup.model.parameters()])
-        if not weights.all():
+        weights = torch.stack([own_part(value.detach()).isfinite().all() for value in setup.model.parameters()])
+        if self.world.all_reduce((~weights.all()).float(), "max"):
             self._diverged(self.state.global_step)
         self.bad.merge(self.world)
         self.bad.check()
         sums = self.world.gather_objects(self.sums)
+        model, optimizer = select(setup.model.state_dict(), setup.saved), setup.optimizer.state_dict()
+        if setup.sharded:
+            model, optimizer = (whole_state(state, keep=self.world.is_main) for state in (model, optimizer))
         if not self.world.is_main:
             return
         checkpoint = {
             **setup.notes,
-            "model": select(setup.model.state_dict(), setup.saved),
-            "optimizer": setup.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scaler": setup.scaler.state_dict(),
             "epoch": self.state.epoch - 1,  # the last finished one, as in the official layout
             "args": plain_args(self.args),
@@ -326,7 +334,7 @@ class _Trainer:
             if setup.best_state:
                 kept["model"] = setup.best_state()
             save_checkpoint(setup.run.best, kept)
-        save_checkpoint(setup.run.last, checkpoint)
+        save_checkpoint(setup.run.last, checkpoint, setup.run.previous)
 
     def _summary(self) -> dict:
         parameters = list(self.setup.model.named_parameters())

@@ -4,21 +4,23 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from util.run.device import grad_scaler, pick_device, pick_precision, precision_warning
 from util.run.dist import World, join, leave, read_world
-from util.run.errors import cli
-from util.run.files import write_atomically
+from util.run.errors import UserError, cli
+from util.run.files import only_writer, write_atomically
 from util.run.log import RunFolder, provenance
-from util.training.checkpoint import Progress, plain_args, restore
+from util.training.checkpoint import Progress, checkpoint_to_resume, plain_args, restore, set_aside_damaged
 from util.training.faults import Stopped
 from util.training.loop import Setup, train
 from util.training.memory import checkpoint_blocks
+from util.training.sharded import shard
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Session:
     device: torch.device
     run: RunFolder
     resume_from: Path | None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share the model out."""
+        return getattr(self.args, "fsdp", False) and self.world.size > 1
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The model on the device; one to be shared out stays where it is until `fit` moves it there block by block."""
+        return model if self.sharded else model.to(self.device)
 
 
 @contextmanager
@@ -43,12 +54,34 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     join(world, device)
     run = RunFolder(args.output_dir, is_main=world.is_main, log_dir=args.log_dir)
     try:
-        yield Session(args, world, device, run, run.checkpoint_to_resume(args.resume))
+        with only_writer(run.path) if world.is_main else nullcontext():
+            here = Session(args, world, device, run, _one_start(world, checkpoint_to_resume(run, args.resume)))
+            if here.sharded and args.compile == "on":
+                raise UserError("--compile on does not work with --fsdp: leave one of them out")
+            if world.is_main:
+                set_aside_damaged(run, here.resume_from)
+            yield here
+        run.close()
     except Stopped as stop:
         sys.exit(stop.exit_status)
     finally:
-        run.close()
+        with suppress(OSError):  # a full disk has been told of
+            run.close()
         leave()
+
+
+def _one_start(world: World, checkpoint: Path | None) -> Path | None:
+    """The checkpoint that this process found, if all found the same; UserError on machines that share no folder.
+
+    Otherwise one would go on from a step and another begin anew.
+    """
+    for rank, found in enumerate(world.gather_objects(checkpoint)):
+        if found != checkpoint:
+            raise UserError(
+                f"process {world.rank} would start from {checkpoint or 'nothing'} and process {rank} from "
+                f"{found or 'nothing'}: give an --output_dir that all machines share"
+            )
+    return checkpoint
 
 
 def script(get_args: Callable, experiment: Callable[[argparse.Namespace, Session], None]) -> Callable:
@@ -77,7 +110,10 @@ def fit(here: Session, headline: str, **parts) -> dict | None:
     scaler = grad_scaler(here.device, precision)
     if warning := precision_warning(precision, here.device):
         run.say(warning)
-    setup = Setup(args=args, world=here.world, device=here.device, precision=precision, scaler=scaler, run=run, **parts)
+    setup = Setup(
+        args=args, world=here.world, device=here.device, precision=precision, scaler=scaler, run=run,
+        sharded=here.sharded, **parts,
+    )  # fmt: skip
     if args.grad_checkpoint:
         checkpoint_blocks(setup.model)
     progress = Progress()
@@ -91,6 +127,8 @@ def fit(here: Session, headline: str, **parts) -> dict | None:
     if run.is_finished() and progress.global_step and setup.is_over(progress):
         run.say(f"{run.path} is finished: {progress.epoch} epochs are done")
         return None
+    if here.sharded:  # after its whole state was put back, whatever kind of run had saved it
+        shard(setup.model, setup.optimizer, here.world, here.device)
     run.start(plain_args(args), progress.epoch, progress.global_step)
     loader = setup.loader
     run.say(

@@ -1,0 +1,53 @@
+"""What the system did to a process, as a user is told it: a disk that refuses, a helper that was killed."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+
+# what a disk may refuse in the middle of a run, and the remedy
+_DISK = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EFBIG: "raise the limit (ulimit -f), or write to another file system",
+    errno.EROFS: "choose another folder",
+    errno.EIO: "look after the disk",
+}
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What the disk has refused, and the remedy; None where something else went wrong.
+
+    Libraries wrap it: torch says in a RuntimeError that a position is unexpected, safetensors has the number in its
+    message only, and NumPy counts what it has written.
+    """
+    for cause in _causes(error):
+        number = getattr(cause, "errno", None)
+        if found := re.search(r"\(os error (\d+)\)", str(cause)):
+            number = int(found[1])
+        elif re.fullmatch(r"\d+ requested and \d+ written", str(cause)):
+            number = errno.ENOSPC
+        if number in _DISK:
+            return f"{os.strerror(number).lower()}: {_DISK[number]}, then give the same command again"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def outside_cause(error: Exception) -> str | None:
+    """The message for an error that neither we nor the user's flags have caused; None where it is not of that kind."""
+    if trouble := disk_trouble(error):
+        name = getattr(error, "filename", None)
+        return f"{name}: {trouble}" if name else trouble
+    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    if not worker and not isinstance(error, BrokenExecutor):
+        return None
+    return (
+        "a worker process was killed, perhaps because memory ran out: what was saved is kept; "
+        "give the same command again (a training with --resume auto), with fewer workers if it happens again"
+    )
