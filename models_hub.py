@@ -22,10 +22,12 @@ from models_transfer import Transferred, attach_head, start_backbone
 from models_vit import VIT_MODELS, VisionTransformer
 from util.run.errors import UserError
 from util.run.files import write_atomically, write_text
+from util.run.untrusted import read_json
 from util.training.hub import Weights, hub_folder, load_weights
 from util.training.lineage import OWN, Licence, public_name
 from util.training.model_card import Card
-from util.training.pretrained import grid_of_weights, load_exactly, load_pretrained
+from util.training.pretrained import count_blocks, grid_of_weights, load_exactly, load_pretrained
+from util.training.stored_flags import checked_flags
 from util.transfer.heads import build_head
 from util.transfer.lora import add_lora, load_lora, load_peft, merge_lora, save_peft
 
@@ -58,7 +60,18 @@ class OnHub(PyTorchModelHubMixin):
         """The arguments that the model was built with, where `save_pretrained` has written them down."""
         if "img_size" not in weights.args:
             return None
-        return {key: weights.args[key] for key in cls._hub_mixin_init_parameters if key in weights.args}
+        options = {key: weights.args[key] for key in cls._hub_mixin_init_parameters if key in weights.args}
+        own = {}
+        for key, stack in (("depth", "blocks"), ("decoder_depth", "decoder_blocks")):
+            own[key] = count_blocks(weights.state, stack)
+        if (kernel := weights.state.get("patch_embed.proj.weight")) is not None:
+            own["embed_dim"] = len(kernel)
+        if (token := weights.state.get("mask_token")) is not None:
+            own["decoder_embed_dim"] = token.shape[-1]
+        for key, value in own.items():  # before memory is asked for by them
+            if options.get(key, value) != value:
+                raise UserError(f"{weights.source} says {key} {options[key]}, its weights say {value}: restore it")
+        return options
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -193,15 +206,16 @@ def load_adapters(
     """
     folder = Path(name) if Path(name).is_dir() else hub_folder(hub_spec(name, revision), _ADAPTER_FILES)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        args, classes = config["args"], tuple(config["classes"])
-    except (OSError, ValueError, KeyError) as error:
+        config = read_json(folder / CONFIG)
+        args, classes = checked_flags(config["args"], name), tuple(config["classes"])
+        base, _ = config["base"], (args["model"], args["init"], args["seed"], args["input_size"], args["head"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{name} holds no adapters of this project ({error}): push them with scripts/push_to_hub.py"
         ) from error
     args = args | ({"init": init} if init else {})
     model = start_backbone(args)
-    if model.origin != config["base"]:
+    if model.origin != base:
         raise UserError(f"{name} was trained on other start weights than {args['init'] or 'random ones'}: give its own")
     lora, state = load_peft(folder)
     lora = replace(lora, dropout=0.0)

@@ -18,6 +18,7 @@ from util.run.errors import UserError
 from util.training.checkpoint import read_checkpoint
 from util.training.hub import load_weights
 from util.training.pretrained import fingerprint_of, load_pretrained
+from util.training.stored_flags import checked_flags
 from util.transfer.heads import build_head
 from util.transfer.lora import LoRAConfig, add_lora, load_lora, merge_lora
 
@@ -86,7 +87,19 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
 
 
 def _transferred(checkpoint: dict, path: str | Path, device: torch.device | str) -> Transferred:
-    args, state, classes = checkpoint["args"], checkpoint["model"], tuple(checkpoint["classes"])
+    args, state, classes = checked_flags(checkpoint["args"], str(path)), checkpoint["model"], checkpoint["classes"]
+    try:
+        return _built(checkpoint, args, state, tuple(classes), path, device)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} does not fit its own flags ({reason}): restore it, or give another") from error
+
+
+def _built(
+    checkpoint: dict, args: dict, state: dict, classes: tuple, path: str | Path, device: torch.device | str
+) -> Transferred:
+    if not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no names")
     on_base = "base" in checkpoint
     model = start_backbone(args, weights=on_base)
     if on_base and model.origin != checkpoint["base"]:
@@ -103,6 +116,9 @@ def _transferred(checkpoint: dict, path: str | Path, device: torch.device | str)
     unmet = [name for name in missing if not on_base or name.startswith("head.")]
     if unmet or unexpected:
         raise UserError(f"{path} does not fit its own flags: {(unmet + unexpected)[0]} is the first misfit")
+    for name, value in model.head.state_dict().items():  # an encoder's would be seen in its embeddings
+        if not value.isfinite().all():
+            raise UserError(f"{path} has a head that holds no numbers ({name}): train it again")
     return Transferred(model.to(device).eval(), classes, args, config)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.data.identity_names import Alias, alias_groups, base_name, clashes, without_number
-from util.data.prepare import parse_numbers, read_table
+from util.data.prepare import parse_numbers, read_table, read_text
 from util.run.args import Parser
 from util.run.errors import UserError, cli
 from util.run.files import write_atomically
@@ -146,7 +146,7 @@ def read_names(args) -> dict[str, list[tuple[str, str]]]:
 
 def read_tags(path: Path) -> list[tuple[str, str]]:
     """The rows of tagIds.tsv. Its names hold quotation marks that quote nothing, so it is no CSV with tabs."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [line.split("\t") for line in read_text(path).splitlines() if line]
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
             raise UserError(f"{path}, line {number}: {len(row)} fields, not 2 (name, id): give tagIds.tsv of ACRD")
@@ -221,7 +221,7 @@ def acrd_overlap(folder: Path, test: Path, counts: dict[str, int]) -> list[tuple
         path = folder / f"{split}Split.tsv"
         if not path.is_file():
             raise UserError(f"{path} does not exist: --acrd_splits is the folder of the three lists of ACRD")
-        split_of.update(dict.fromkeys(path.read_text(encoding="utf-8").split(), split))
+        split_of.update(dict.fromkeys(read_text(path).split(), split))
     if not test.is_file():
         raise UserError(f"--dafre_test {test} does not exist: give test.csv of DAF:re")
     rows = [(number, name, split_of.get(Path(name).stem, "")) for number, name in read_table(test, ("class_id", "dir"))]

@@ -23,7 +23,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.data.pools import local_folder
-from util.data.prepare import Preparation, folders_below, image_sizes, prepare_parser, read_table, require
+from util.data.prepare import (
+    Preparation,
+    folders_below,
+    image_sizes,
+    is_number,
+    prepare_parser,
+    read_table,
+    read_text,
+    require,
+)
 from util.run.args import Parser, count, count0, fraction
 from util.run.errors import UserError, cli
 from util.run.seed import rng_for
@@ -112,9 +121,9 @@ def read_tags(root: Path) -> dict[int, str]:
     """Tag number -> name. Names may begin with a quotation mark, so this is no CSV."""
     path = require(root / "tagIds.tsv", "the names of the characters", ORIGIN)
     tags: dict[int, str] = {}
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line, text in enumerate(read_text(path).splitlines(), start=1):
         name, _, number = text.rpartition("\t")
-        if not name or not number.strip().isdecimal() or int(number) in tags:
+        if not name or not is_number(number.strip()) or int(number) in tags:
             raise UserError(f"{path}, line {line}: {text!r} is not name, tab and a number of its own: get it again")
         tags[int(number)] = name
     if len(set(tags.values())) < len(tags):
@@ -128,8 +137,8 @@ def read_splits(root: Path) -> dict[int, str]:
     split_of: dict[int, str] = {}
     for split in SPLITS:
         path = require(root / f"{split}Split.tsv", f"the numbers of the {split} pictures", ORIGIN)
-        for line, text in enumerate(path.read_text(encoding="utf-8-sig").split(), start=1):
-            if not text.isdecimal():
+        for line, text in enumerate(read_text(path).split(), start=1):
+            if not is_number(text):
                 raise UserError(f"{path}, entry {line}: {text!r} is no picture number: get it again")
             if split_of.setdefault(int(text), split) != split:
                 raise UserError(f"{path}: picture {text} is in {split_of[int(text)]} too: get the files again")
@@ -262,7 +271,7 @@ def list_pictures(folder: Path, wanted: set[int]) -> dict[int, str]:
     for bucket in buckets(folder):
         for entry in sorted(os.listdir(bucket), key=lambda name: (not name.endswith(".jpg"), name)):
             stem = entry.partition(".")[0]
-            if stem.isdecimal() and int(stem) in wanted and int(stem) % 1000 == int(bucket.name):
+            if is_number(stem) and int(stem) in wanted and int(stem) % 1000 == int(bucket.name):
                 names.setdefault(int(stem), f"{bucket.name}/{entry}")
     return names
 

@@ -70,7 +70,8 @@ def unpack(work: Preparation, files: list[Path]) -> tuple[int, list[str]]:
             work.drop("same file as another", f"{label}: {first[digest]}")
             continue
         store(work.out / name, data)
-        lines.append(json.dumps({"file_name": name, **{text: row[text] for text in TEXTS}}, ensure_ascii=False))
+        facts = {"file_name": name, **{text: row[text] for text in TEXTS}}
+        lines.append(json.dumps(facts, ensure_ascii=False, default=str))
     work.out.mkdir(parents=True, exist_ok=True)
     write_text(work.out / "tags.jsonl", "".join(line + "\n" for line in lines))
     return number + 1, list(first.values())

@@ -19,6 +19,7 @@ from util.data.prepare import (
     begin,
     find_below,
     image_sizes,
+    is_number,
     picture_folder,
     prepare_parser,
     read_table,
@@ -121,7 +122,7 @@ def is_upload(place: str) -> bool:
     """Whether a path is of the form 0291/1796291.jpg: the upload's number, in the folder of its last three digits."""
     folder, _, name = place.partition("/")
     upload = name.partition(".")[0]
-    return upload.isdecimal() and folder == f"{int(upload) % 1000:04d}"
+    return is_number(upload) and Path(name).stem == upload and folder == f"{int(upload) % 1000:04d}"
 
 
 def split_sizes(pictures: int) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@
 """
 
 import csv
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from util.data.images import BadImage, decode_image
-from util.data.manifest import SPLITS, write_manifest
-from util.data.prepare import refuse_foreign
+from util.data.manifest import SPLITS, is_inside, write_manifest
+from util.data.prepare import open_text, refuse_foreign
 from util.data.roles import in_part
 from util.data.sources import LABELS, list_folder
 from util.run.args import Parser, fraction, ratio
 from util.run.errors import UserError, cli
+from util.run.untrusted import read_json
 
 WRITER = "prepare_folder"
 
@@ -87,11 +87,16 @@ def rows_from_csv(path: Path, include: list[str] | None, rename: list[str], drop
     """The rows of a list that `include` names, as manifest rows."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the CSV that lists the pictures")
-    with open(path, newline="", encoding="utf-8") as file:
-        listed = list(csv.DictReader(file))
-    for column in ("path", "split", *(["set"] if include else [])):
-        if listed and column not in listed[0]:
-            raise UserError(f"{path} has no column {column!r}: it has {', '.join(listed[0])}")
+    needed = ("path", "split", *(["set"] if include else []))
+    with open_text(path) as file:
+        lines = csv.DictReader(file, restkey="", restval="")
+        try:
+            listed = list(lines)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {lines.line_num + 1}: no text ({error}): get the file again") from error
+    for column in needed:
+        if listed and column not in (lines.fieldnames or ()):
+            raise UserError(f"{path} has no column {column!r}: it has {', '.join(lines.fieldnames or ())}")
     new_name = parse_rename(rename)
     wanted = parse_include(include, listed, path)
     rows = []
@@ -159,7 +164,8 @@ def keep_readable(rows: list[dict], folder: Path, verify: bool, dropped: Counter
     """The rows whose picture is there, is not empty and, if asked, can be decoded."""
     kept = []
     for row in tqdm(rows, desc="checking", unit="picture", disable=None, leave=False):
-        reason = fault(folder / row["file_name"], verify)
+        name = row["file_name"]
+        reason = fault(folder / name, verify) if is_inside(name, folder) else "outside --data_path"
         if reason:
             dropped[reason] += 1
         else:
@@ -184,25 +190,34 @@ def fault(path: Path, verify: bool) -> str | None:
 def add_parts(rows: list[dict], path: Path, min_score: float) -> int:
     """Fill `box` and `eyes` from the best face that a detector found in each picture; returns how many have one."""
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
+        parts = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): check --parts") from error
-    count = 0
+    if not isinstance(parts, dict):
+        raise UserError(f"{path} is no JSON object: give {{path: {{faces: [{{score, face, ...}}], size}}}} as --parts")
     for row in rows:
-        found = parts.get(row["file_name"], {"faces": []})
-        best = max(found["faces"], key=lambda face: face["score"], default=None)
-        if best is None or best["score"] < min_score:
-            continue
-        eyes = [corners(best[eye], found["size"]) for eye in ("left_eye", "right_eye") if best.get(eye)]
-        row["box"] = corners(best["face"], found["size"])
-        row["eyes"] = [eye for eye in eyes if eye] or None
-        count += row["box"] is not None
-    return count
+        try:
+            row |= best_face(parts.get(row["file_name"], {"faces": []}), min_score)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{path}, {row['file_name']}: {type(error).__name__}: {error}: give faces with score and face "
+                "[x, y, width, height], and size [width, height]"
+            ) from error
+    return sum(row.get("box") is not None for row in rows)
+
+
+def best_face(found: dict, min_score: float) -> dict:
+    """{"box", "eyes"} of the face of best score, empty where none is good enough."""
+    best = max(found["faces"], key=lambda face: float(face["score"]), default=None)
+    if best is None or not best["score"] >= min_score:
+        return {}
+    eyes = [corners(best[eye], found["size"]) for eye in ("left_eye", "right_eye") if best.get(eye)]
+    return {"box": corners(best["face"], found["size"]), "eyes": [eye for eye in eyes if eye] or None}
 
 
 def corners(box: list[float], size: list[int]) -> list[float] | None:
     """[x, y, width, height] to [x1, y1, x2, y2] inside a picture of `size` (width, height); None if nothing is left."""
-    x, y, width, height = box
+    x, y, width, height = map(float, box)
     x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
     return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
 

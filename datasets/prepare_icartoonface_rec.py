@@ -22,6 +22,8 @@ from util.data.prepare import (
     find_below,
     fit_box,
     image_sizes,
+    is_number,
+    open_text,
     parse_numbers,
     picture_folder,
     prepare_parser,
@@ -163,7 +165,7 @@ def split_train(work: Preparation, rows: list[dict], args) -> None:
 def block_of(name: str, length: int) -> str:
     """ "rectrain_00006_0000047" -> "rectrain_00006 2", its run of `length` file numbers."""
     stem, _, number = name.rpartition("_")
-    return f"{stem} {int(number) // length}" if number.isdigit() else name
+    return f"{stem} {int(number) // length}" if is_number(number) else name
 
 
 def read_names(path: Path) -> list[tuple[str, str, str]]:
@@ -173,7 +175,7 @@ def read_names(path: Path) -> list[tuple[str, str, str]]:
         try:
             entry = ast.literal_eval(line)
             entries.append((entry["id"].rsplit("_", 1)[-1], str(entry["name"]), entry.get("url") or ""))
-        except (ValueError, SyntaxError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # the parser's own limits are RecursionError and MemoryError
             raise UserError(f"{path}, line {number}: no dict with id, name and url: get the file again") from error
     return entries
 
@@ -286,13 +288,10 @@ def read_lines(path: Path, widths: tuple[int, ...], columns: str) -> list[tuple[
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of each line that is not blank."""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no text ({error}): get the file again") from error
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.strip()
 
 
 if __name__ == "__main__":

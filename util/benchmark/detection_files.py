@@ -1,6 +1,5 @@
 """What a detector found, from a file: COCO's result form, or the lists of the iCartoonFace challenge."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from util.benchmark.detection import FACE, NAMES
 from util.data.prepare import parse_numbers, read_table
 from util.run.errors import UserError
+from util.run.untrusted import read_json
 
 COLUMNS = (
     "image",
@@ -80,7 +80,7 @@ def _numbers(files: Sequence[str]) -> dict[str | int, int]:
 
 def _from_json(path: Path) -> list[tuple]:
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): give a list of COCO results") from error
     if not isinstance(listed, list):
@@ -95,11 +95,13 @@ def _coco_row(row: dict, where: str) -> tuple:
         )
         box = tuple(map(float, (x, y, x + width, y + height)))
         find = picture, box, float(score), label
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(picture, (str, int)):
+            raise ValueError("a picture has a name or a number")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{where}: {type(error).__name__}: {error}: give image_id, category_id, bbox [x, y, width, height], score"
         ) from error
-    if label not in NAMES or isinstance(label, bool):
+    if not isinstance(label, (int, float)) or isinstance(label, bool) or label not in NAMES:
         names = ", ".join(f"{number} is {name}" for number, name in NAMES.items())
         raise UserError(f"{where}: category_id {label!r} is not known: {names}")
     return find

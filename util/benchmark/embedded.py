@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from util.run.errors import UserError
+from util.run.untrusted import read_arrays
 
 FACTS = ("sample_id", "identity", "source", "style", "pose", "occlusion", "expression")
 
@@ -180,22 +181,28 @@ def read_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:
     UserError where the file cannot be read, an array is missing or does not fit, or a sample_id stands twice.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("embeddings", "sample_id")}
+        stored = read_arrays(path)
+        arrays = {name: stored[name] for name in ("embeddings", "sample_id")}
     except FileNotFoundError:
         raise UserError(f"--embeddings {path} does not exist: write it with numpy.savez") from None
     except KeyError as error:
         raise UserError(f"--embeddings {path} lacks {error}: it holds embeddings (N, D) and sample_id (N,)") from error
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--embeddings {path} cannot be read ({error}): write it with numpy.savez, sample_id as strings"
         ) from error
-    embeddings, sample_id = arrays["embeddings"], arrays["sample_id"].astype(str)
-    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or sample_id.shape != embeddings.shape[:1]:
+    embeddings, sample_id = arrays["embeddings"], arrays["sample_id"]
+    if (
+        embeddings.ndim != 2
+        or embeddings.dtype.kind != "f"
+        or sample_id.shape != embeddings.shape[:1]
+        or sample_id.dtype.kind not in "Uiu"
+    ):
         raise UserError(
-            f"--embeddings {path}: embeddings {embeddings.shape} {embeddings.dtype} and sample_id {sample_id.shape} do "
-            "not fit: floats (N, D) and (N,) are needed"
+            f"--embeddings {path}: embeddings {embeddings.shape} {embeddings.dtype} and sample_id {sample_id.shape} "
+            f"{sample_id.dtype} do not fit: floats (N, D) and strings (N,) are needed"
         )
+    sample_id = sample_id.astype(str)
     if len(np.unique(sample_id)) < len(sample_id):
         values, counts = np.unique(sample_id, return_counts=True)
         raise UserError(f"--embeddings {path}: sample_id {values[counts > 1][0]!r} stands there twice: keep one")

@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 
 from util.benchmark.few_shot import Episodes
 from util.benchmark.lists import write_csv
+from util.benchmark.pairs import KINDS
 from util.data.trials import TRIALS
 from util.run.errors import UserError
-from util.run.files import write_atomically, write_text
+from util.run.files import is_temporary, write_atomically, write_text
+from util.run.untrusted import read_json, read_parquet
 
 FORMAT = 1  # of these files, as protocol.json says
 SUMS, VERSION, PROTOCOL, SPLITS = "SHA256SUMS", "VERSION", "protocol.json", "splits.csv"
@@ -86,7 +88,7 @@ def write_release(folder: str | Path, release: Release) -> Path:
     folder = Path(folder)
     if not re.fullmatch(r"\d+\.\d+\.\d+", release.version):
         raise UserError(f"--version {release.version} is not of the form 1.0.0")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         raise UserError(f"{folder} is not empty: a release is not changed; choose another folder")
     for name in ("pairs", "episodes"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def digest(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS and not is_temporary(path))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -162,19 +164,52 @@ def read_release(folder: str | Path) -> Release:
     """A release whose checksums agree; UserError otherwise, and for a newer format."""
     folder = Path(folder)
     check_release(folder)
-    facts = json.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise UserError(f"{folder} is of format {facts['format']}, and this reads {FORMAT}: update the code")
-    with open(folder / SPLITS, encoding="utf-8", newline="") as file:
-        splits = [{**row, "identity": row["identity"] or None} for row in csv.DictReader(file)]
-    tables = {
-        kind: {
-            path.stem: pq.read_table(path, partitioning=None).to_pydict() for path in sorted(folder.glob(f"{kind}/*"))
+    try:
+        facts = read_json(folder / PROTOCOL)
+        if facts["format"] != FORMAT:
+            raise UserError(f"{folder} is of format {facts['format']}, and this reads {FORMAT}: update the code")
+        tables = {
+            kind: {
+                path.stem: read_parquet(path).select(schema.names).cast(schema).to_pydict()
+                for path in sorted(folder.glob(f"{kind}/*"))
+            }
+            for kind, schema in (("pairs", TRIALS), ("episodes", EPISODES))
         }
-        for kind in ("pairs", "episodes")
-    }
-    version = (folder / VERSION).read_text(encoding="utf-8").strip()
-    return Release(version, facts["settings"], splits, tables["pairs"], tables["episodes"])
+        version = (folder / VERSION).read_text(encoding="utf-8").strip()
+        release = Release(version, facts["settings"], _read_splits(folder), tables["pairs"], tables["episodes"])
+        _check_lists(release)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, pa.ArrowException) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} is no release, though its checksums agree ({reason}): fetch it again") from error
+    return release
+
+
+def _read_splits(folder: Path) -> list[dict]:
+    with open(folder / SPLITS, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, start=1):
+        if set(row) != set(SPLIT_COLUMNS) or None in row.values() or not row["sample_id"]:
+            raise ValueError(f"row {number} of {SPLITS} is not {', '.join(SPLIT_COLUMNS)}")
+    return [{**row, "identity": row["identity"] or None} for row in rows]
+
+
+def _check_lists(release: Release) -> None:
+    """ValueError where the lists speak of samples that the release does not have, or a setting is of another type."""
+    if not isinstance(release.settings, dict) or type(release.settings["seed"]) is not int:
+        raise ValueError("its settings have no seed")
+    known = {row["sample_id"] for row in release.splits}
+    if len(known) < len(release.splits):
+        raise ValueError(f"{SPLITS} has a sample twice")
+    labelled = {row["sample_id"] for row in release.splits if row["identity"]}
+    for name in ("verification", "verification_tuning"):
+        listed = release.pairs.get(name, {"id_a": [], "id_b": [], "label": [], "kind": []})
+        if not labelled.issuperset(listed["id_a"] + listed["id_b"]):
+            raise ValueError(f"{name} lists a sample that is not there, or nobody's")
+        if not ({0, 1}.issuperset(listed["label"]) and set(KINDS).issuperset(listed["kind"])):
+            raise ValueError(f"{name} has a label or a kind that is none")
+    for name, columns in release.episodes.items():
+        if not known.issuperset(columns["sample_id"]):
+            raise ValueError(f"{name} lists a sample that is not there")
 
 
 def first_difference(release: Release, rows: Sequence[Mapping]) -> str | None:

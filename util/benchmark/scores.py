@@ -5,7 +5,6 @@ protocol they were taken by (masks, data, seed): scores of two protocols are not
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from util.run.errors import UserError
 from util.run.files import write_atomically
+from util.run.untrusted import parse_json, read_arrays
 
 SCORES_NAME = "scores.npz"
 _PARTS = ("values", "ids", "groups")
@@ -94,10 +94,14 @@ def write_scores(path: Path, scores: Mapping[str, Measured], protocol: Mapping) 
 def read_scores(path: Path) -> tuple[dict[str, Measured], dict]:
     """What `write_scores` wrote. UserError for a file that is missing or not one of its."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        protocol = json.loads(str(arrays.pop("protocol")))
+        arrays = read_arrays(path)
+        protocol = parse_json(str(arrays.pop("protocol")))
         names = dict.fromkeys(name.rsplit("/", 1)[0] for name in arrays)
-        return {name: Measured(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}, protocol
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        scores = {name: Measured(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}
+        for name, measured in scores.items():
+            kinds = [part.dtype.kind for part in (measured.values, measured.ids, measured.groups)]
+            if kinds != ["f", "U", "U"] or not len(measured.values) == len(measured.ids) == len(measured.groups):
+                raise ValueError(f"{name} is not of equally many values, ids and groups")
+        return scores, protocol
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no scores ({error}): make it with scripts/score_pretraining.py") from None

@@ -22,6 +22,7 @@ from util.benchmark.pairs import KINDS
 from util.benchmark.release import Release
 from util.benchmark.verification import accuracy_at, best_threshold, verification_report
 from util.run.errors import UserError
+from util.run.untrusted import read_arrays
 
 _GROUP = ("sample_id", "class_scores", "classes")
 _PAIRS = {"pair_scores": "verification", "tuning_pair_scores": "verification_tuning"}
@@ -61,11 +62,10 @@ def read_scores(path: str, release: Release) -> Scores:
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        return read_arrays(path)
     except FileNotFoundError:
         raise UserError(f"--scores {path} does not exist: write it with numpy.savez") from None
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--scores {path} cannot be read ({error}): write it with numpy.savez, names as strings"
         ) from error
@@ -80,6 +80,9 @@ def _floats(path: str, name: str, values: np.ndarray, shape: tuple[int, ...]) ->
 
 
 def _rows(path: str, arrays: dict[str, np.ndarray], release: Release) -> dict[str, np.ndarray]:
+    for name in ("sample_id", "classes"):
+        if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "Uiu":
+            raise UserError(f"--scores {path}: {name} is {arrays[name].dtype} {arrays[name].shape}, not strings (N,)")
     names, classes = arrays["sample_id"].astype(str).tolist(), arrays["classes"].astype(str).tolist()
     wanted = release.classes
     if sorted(classes) != wanted:

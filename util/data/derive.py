@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from util.data.manifest import Manifest, write_manifest
 from util.data.prepare import refuse_foreign
 from util.run.errors import UserError
 from util.run.files import write_atomically
+from util.run.untrusted import read_parquet
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def write_part(
 def _copy_protocols(source: Path, out: Path, ids: pa.ChunkedArray) -> tuple[list[str], list[str]]:
     copied, lost = [], []
     for path in sorted((source / "protocols").glob("*.parquet")):
-        table = pq.read_table(path, partitioning=None)
+        try:
+            table = read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error
         mentioned = [table.column(name).drop_null() for name in ("id_a", "id_b") if name in table.column_names]
         if all(pc.all(pc.is_in(names, value_set=ids.combine_chunks())).as_py() is not False for names in mentioned):
             (out / "protocols").mkdir(exist_ok=True)

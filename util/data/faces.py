@@ -12,7 +12,6 @@ in boxes framed as that finder frames them, then moved a little to where the pic
 or averted eye gets a box too.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 
 from util.run.errors import UserError
+from util.run.untrusted import read_json
 
 Box = tuple[float, float, float, float]
 Scored = tuple[np.ndarray, np.ndarray]  # boxes (n, 4) x1 y1 x2 y2, scores (n,)
@@ -215,9 +215,9 @@ class StoredFinder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            listed = json.loads(self.path.read_text(encoding="utf-8"))
+            listed = read_json(self.path)
             self._faces = {name: [_stored_face(face) for face in entry["faces"]] for name, entry in listed.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{path} holds no face boxes ({reason}): give JSON such as "
@@ -238,6 +238,8 @@ def _stored_face(face: dict) -> Face:
 
 def _corners(box: Sequence[float]) -> Box:
     x, y, width, height = map(float, box)
+    if not np.isfinite([x, y, x + width, y + height]).all():
+        raise ValueError(f"{list(box)} is no box of finite numbers")
     return x, y, x + width, y + height
 
 

@@ -2,15 +2,21 @@
 
 import io
 import os
+import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from util.data.smart_crop import salient_centre
+from util.run.untrusted import reason_of
 
 MAX_PIXELS = 100_000_000
+# fewer where the decoder holds the picture several times over: a gigabyte, as others take at MAX_PIXELS
+_COSTLY = {"WEBP": 40_000_000, "AVIF": 40_000_000, "JPEG2000": 40_000_000}
+_STRIP = 1 << 20  # pixels that are converted at a time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 say how the stored rows lie in the upright picture
@@ -70,8 +76,9 @@ def _decode(source: Path | str | bytes, max_pixels: int) -> tuple[Image.Image, I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF and palettes; what matters is raised
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadImage(name, f"{image.width} x {image.height} pixels, more than {max_pixels}")
+                most = min(max_pixels, _COSTLY.get(image.format, max_pixels))
+                if image.width * image.height > most:
+                    raise BadImage(name, f"{image.width} x {image.height} pixels, more than {most}")
                 image.load()
                 return _to_rgb_and_alpha(_upright(image))
     except BadImage:
@@ -79,7 +86,25 @@ def _decode(source: Path | str | bytes, max_pixels: int) -> tuple[Image.Image, I
     except Image.DecompressionBombError as error:  # Pillow has a limit of its own, which may be the lower one
         raise BadImage(name, f"more than {min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)} pixels") from error
     except Exception as error:  # on damaged data the decoders raise almost anything: OSError, SyntaxError, struct.error
-        raise BadImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+        raise BadImage(name, reason_of(error)) from error
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(width, height) in px of a picture file as it is stored, from its header; nothing is decoded.
+
+    Raises FileNotFoundError where there is none, BadImage where it is no picture.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise BadImage(path, "it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return image.size
+    except (FileNotFoundError, BadImage):
+        raise
+    except Exception as error:  # as in _decode
+        raise BadImage(path, reason_of(error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -95,25 +120,37 @@ def _to_rgb_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | No
         return _deep_grey_to_rgb(image), None
     if not image.has_transparency_data:
         return image.convert("RGB"), None  # a copy, also of an RGB image: the file is closed when we return
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    opaque = image.convert("RGB")
-    if alpha.getextrema()[0] == 255:
-        return opaque, None
-    canvas = Image.new("RGB", image.size, "white")
-    canvas.paste(opaque, mask=alpha)
-    return canvas, alpha
+    canvas, alpha = Image.new("RGB", image.size, "white"), Image.new("L", image.size)
+    for top, strip in _strips(image):
+        strip = strip.convert("RGBA")
+        opacity = strip.getchannel("A")
+        alpha.paste(opacity, (0, top))
+        canvas.paste(strip.convert("RGB"), (0, top), mask=opacity)
+    return canvas, None if alpha.getextrema()[0] == 255 else alpha
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(top in px, part) of a picture, from top to bottom: converted at once, a large one is in memory many times."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits. 16-bit files are 0..65535; the range of others is told by their largest value."""
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    largest = float(values.max())
+    largest = max(float(_finite(strip).max()) for _, strip in _strips(image))
     full_scale = next((top for top in ranges if largest <= top), largest)
-    grey = np.clip(values * (255.0 / full_scale), 0.0, 255.0)
-    return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
+    canvas = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        grey = np.clip(_finite(strip) * (255.0 / full_scale), 0.0, 255.0)
+        canvas.paste(Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB"), (0, top))
+    return canvas
+
+
+def _finite(image: Image.Image) -> np.ndarray:
+    """The values of a picture of one channel, float64 (h, w), 0 where they are no finite number."""
+    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 Picture = Image.Image | np.ndarray  # decoded: an RGB image, or uint8 (H, W, 3), perhaps a view of a file on disk

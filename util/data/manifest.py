@@ -7,9 +7,10 @@ masks made later can be written.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from util.run.errors import UserError
 from util.run.files import write_atomically
+from util.run.untrusted import read_parquet
 
 MANIFEST_NAME = "metadata.parquet"
 SPLITS = ("pretrain", "train", "val", "test", "open_val", "open_test", "novel", "figures")
@@ -42,6 +44,8 @@ SCHEMA = pa.schema(
 )
 COLUMNS = tuple(SCHEMA.names)
 REQUIRED = tuple(field.name for field in SCHEMA if not field.nullable)
+LONGEST_TEXT = 2**31 - 1  # bytes that an array with 32-bit offsets can hold
+_SLICE = 65_536  # rows that are Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def write_manifest(
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    table = _to_table(list(rows), path)
+    table = to_table(rows, path)
     _validate(table, folder, _root(folder, image_root), path)
     metadata = dict(extra or {})
     if image_root is not None:
@@ -130,10 +134,12 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _read(folder: Path, path: Path, version: tuple[int, ...]) -> Manifest:
     """The manifest at `path`. version: changes with the file."""
     try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = read_parquet(path)
+        metadata = _own_metadata(table.schema)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): prepare the folder again") from error
-    metadata = _own_metadata(table.schema)
+    if "\0" in metadata.get("image_root", ""):
+        raise UserError(f"{path} has an image_root with a zero byte in it: prepare the folder again")
     root = _root(folder, metadata.get("image_root"))
     table = _to_schema(table, path)
     _validate(table, folder, root, path)
@@ -150,7 +156,34 @@ def _own_metadata(schema: pa.Schema) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in pairs if key.isascii() and not key.startswith(b"ARROW:")}
 
 
-def _to_table(rows: list[Mapping], path: Path) -> pa.Table:
+def cells(column: pa.Array | pa.ChunkedArray) -> Iterator:
+    """The values of a column, as Python objects for some rows at a time: all at once are 60 bytes each and more."""
+    for first in range(0, len(column), _SLICE):
+        yield from column.slice(first, _SLICE).to_pylist()
+
+
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, not copied where it is one already; of text beyond 2 GiB one with 64-bit offsets."""
+    if column.num_chunks > 1 and pa.types.is_string(column.type):
+        text = pc.sum(pc.binary_length(column)).as_py() or 0
+        if text > LONGEST_TEXT:
+            column = column.cast(pa.large_string())
+    return column.combine_chunks()
+
+
+def to_table(rows: Iterable[Mapping], path: Path | None = None) -> pa.Table:
+    """Rows with keys of COLUMNS as a table of SCHEMA; path: for messages. Raises UserError where one does not fit.
+
+    They are taken some at a time, so that a generator of them never is all in memory.
+    """
+    rows = iter(rows)
+    parts = []
+    while part := list(islice(rows, _SLICE)):
+        parts += _some_rows(part, path).to_batches()
+    return pa.Table.from_batches(parts, SCHEMA).combine_chunks()
+
+
+def _some_rows(rows: list[Mapping], path: Path | None) -> pa.Table:
     unknown = sorted({key for row in rows for key in row} - set(COLUMNS))
     if unknown:
         raise UserError(f"{path}: unknown column {unknown[0]!r}: the columns are {', '.join(COLUMNS)}")
@@ -174,10 +207,13 @@ def _to_schema(table: pa.Table, path: Path) -> pa.Table:
             continue
         try:
             column = table.column(field.name).cast(field.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except KeyError as error:
+            raise UserError(f"{path} has the column {field.name!r} twice: keep one") from error
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             found = table.schema.field(field.name).type
             raise UserError(f"{path}: column {field.name!r} is {found}, it must be {field.type}") from error
-        columns.append(column.combine_chunks())
+        columns.append(column)
+    # of the table, which leaves text beyond 2 GiB in several pieces; of a column it fails there
     return pa.Table.from_arrays(columns, schema=SCHEMA).combine_chunks()
 
 
@@ -187,7 +223,7 @@ def _validate(table: pa.Table, folder: Path, root: Path, path: Path) -> None:
             raise UserError(f"{path}: column {name!r} has empty cells: give each row a value")
     ids = table.column("sample_id")
     if pc.count_distinct(ids).as_py() != len(ids):
-        counts = pc.value_counts(ids.combine_chunks())
+        counts = pc.value_counts(one_array(ids))
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
         raise UserError(f"{path}: column 'sample_id' holds {repeated} more than once: make the ids unique")
     for split in pc.unique(table.column("split")).to_pylist():
@@ -217,7 +253,12 @@ def _validate_inside(names: pa.ChunkedArray, root: Path, column: str, path: Path
     # Only names that could leave the root are resolved, so a million rows cost one vectorised scan. Symbolic
     # links are followed: whoever put them under the root chose where they lead.
     suspicious = pc.match_substring_regex(names, r"\.\.|^[/\\]|^[A-Za-z]:|^$|\x00")
-    base = os.path.join(os.path.abspath(root), "")
     for name in names.filter(suspicious).to_pylist():
-        if "\0" in name or not os.path.normpath(os.path.join(base, name)).startswith(base):
-            raise UserError(f"{path}: {column} {name!r} leads outside {base}: keep pictures under the image_root")
+        if not is_inside(name, root):
+            raise UserError(f"{path}: {column} {name!r} leads outside {root}: keep pictures under the image_root")
+
+
+def is_inside(name: str, root: str | Path) -> bool:
+    """Whether a relative file name stays below `root`, by its spelling: the disk is not asked."""
+    base = os.path.join(os.path.abspath(root), "")
+    return "\0" not in name and os.path.normpath(os.path.join(base, name)).startswith(base)

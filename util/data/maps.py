@@ -6,7 +6,6 @@ cell that is covered. MAPS/rows.u64 tells which row each is of, and MAPS/maps.js
 """
 
 import hashlib
-import json
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from util.data.manifest import Manifest
 from util.data.packed import MAP_CELLS, PackedSource, checksum
 from util.data.sources import MAPS_FOLDER, MAPS_NOTE, FolderSource, Source, Subset, column_array
 from util.run.errors import UserError
+from util.run.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,11 @@ def read_map(path: Path) -> np.ndarray:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise ValueError("it is an archive of arrays")
+        return values
+    except Exception as error:  # on a damaged header NumPy fails as its parser does, tokenize.TokenError included
         raise UserError(
             f"{path} cannot be read ({error}): make it again with datasets/prepare_maps.py --overwrite"
         ) from error
@@ -59,6 +62,8 @@ def check_rows(folder: Path, manifest: Manifest) -> None:
         return
     kept, rows = _read_array(folder / ROWS_FILE), manifest.rows
     ids = manifest.table.column("sample_id")
+    if kept.ndim != 1 or kept.dtype.kind != "u":
+        raise UserError(f"{folder / ROWS_FILE} is no list of rows: make the maps again with --overwrite")
     if len(rows) and (rows.max() >= len(kept) or not all(_are_those(kept, rows, ids))):
         raise UserError(
             f"{folder} holds maps of other rows than the data has now: make them again with "
@@ -163,7 +168,7 @@ def file_stamp(path: Path) -> list[int]:
 def _checksums(home: Path, names: Sequence[str]) -> list[str]:
     """That of each map, from maps.json if the file is the one it saw, as a million rows take seconds to read."""
     try:
-        note = json.loads((home / MAPS_NOTE).read_text(encoding="utf-8"))
+        note = read_json(home / MAPS_NOTE)
         sums = {name: note["checksums"][name] for name, stamp in note["stamps"].items() if _is(home, name, stamp)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sums = {}

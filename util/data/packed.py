@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 
 from util.data.images import BadImage
-from util.data.manifest import COLUMNS, SCHEMA
+from util.data.manifest import COLUMNS, SCHEMA, one_array
 from util.run.device import free_memory_bytes
 from util.run.errors import UserError
+from util.run.untrusted import parse_json
 
 ALIGNMENT = 65_536
 MAP_CELLS = 32  # cells of a semantic map on a side
@@ -41,14 +42,19 @@ PACKED_SCHEMA = pa.schema(
         pa.field("picture_size", pa.list_(pa.int32())),
     ]
 )
-_MAGIC = b"AniMask packed\n\x00"
+MAGIC = b"AniMask packed\n\x00"
 _DIGEST_BYTES = 16
-_JSON_AT = len(_MAGIC) + 8 + _DIGEST_BYTES
+_JSON_AT = len(MAGIC) + 8 + _DIGEST_BYTES
 
 
 def checksum(data) -> bytes:
     """16 bytes that change with the data (anything that has a buffer)."""
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    return new_checksum(data).digest()
+
+
+def new_checksum(data=b""):
+    """The same for data that come in parts: `update(part)`, then `digest()` or `hexdigest()`."""
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES)
 
 
 def end_of_pixels(samples: int, canvas: int) -> int:
@@ -81,7 +87,7 @@ class Header:
         text = json.dumps(asdict(self), sort_keys=True).encode()
         if _JSON_AT + len(text) > ALIGNMENT:
             raise UserError(f"{len(self.sections)} maps and protocols are too many for a packed file: leave some out")
-        return (_MAGIC + len(text).to_bytes(8, "little") + checksum(text) + text).ljust(ALIGNMENT, b"\0")
+        return (MAGIC + len(text).to_bytes(8, "little") + checksum(text) + text).ljust(ALIGNMENT, b"\0")
 
     @classmethod
     def read(cls, path: Path) -> "Header":
@@ -91,25 +97,51 @@ class Header:
             size = os.fstat(file.fileno()).st_size
         if block and not block.strip(b"\0"):
             raise UserError(f"{path} is half-written: run the command that packs it again, it goes on where it was")
-        if not block.startswith(_MAGIC):
+        if not block.startswith(MAGIC):
             raise UserError(
                 f"{path} is a file, and not of a kind that can be read: give a folder, hf:OWNER/NAME, or a file of "
                 "python -m util.data.pack"
             )
-        length = int.from_bytes(block[len(_MAGIC) : len(_MAGIC) + 8], "little")
+        length = int.from_bytes(block[len(MAGIC) : len(MAGIC) + 8], "little")
         text = block[_JSON_AT : _JSON_AT + length]
-        if len(text) < length or checksum(text) != block[len(_MAGIC) + 8 : _JSON_AT]:
+        if len(text) < length or checksum(text) != block[len(MAGIC) + 8 : _JSON_AT]:
             raise UserError(f"{path} is damaged in its header: copy or pack it again")
-        header = cls(**json.loads(text))
+        try:
+            header = cls(**parse_json(text))
+            if not header.is_sound():
+                raise ValueError("its sizes do not fit each other")
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path} is damaged in its header ({error}): copy or pack it again") from error
         if size != header.size:
             raise UserError(f"{path} has {size} bytes of {header.size}: copy or pack it again")
         return header
 
+    def is_sound(self) -> bool:
+        """Whether everything is of its type and lies inside the file: the checksum is anybody's to write."""
+        numbers = [self.samples, self.canvas, self.chunk, self.size]
+        for offset, length, digest in self.sections.values():
+            numbers += [offset, length]
+            if not isinstance(digest, str):
+                return False
+        if not all(type(number) is int and number >= 0 for number in numbers) or not self.canvas or not self.chunk:
+            return False
+        ends = [offset + length for offset, length, _ in self.sections.values()]
+        maps = [length for name, (_, length, _) in self.sections.items() if name.startswith("maps/")]
+        return (
+            max([end_of_pixels(self.samples, self.canvas), *ends]) <= self.size
+            and {SAMPLES, CHUNKS} <= self.sections.keys()
+            and isinstance(self.plan.get("labels") if isinstance(self.plan, dict) else None, str)
+            and all(length == self.samples * MAP_CELLS**2 for length in maps)
+        )
+
 
 class PackedFile:
-    """A packed file, memory-mapped read-only. Raises UserError where it is not whole."""
+    """A packed file, memory-mapped read-only. Raises UserError where it is not whole.
 
-    def __init__(self, path: str | Path):
+    checked: whether this process, or the one that it works for, has looked at the samples before.
+    """
+
+    def __init__(self, path: str | Path, checked: bool = False):
         self.path = Path(path)
         self.header = Header.read(self.path)
         with open(self.path, "rb") as file:
@@ -119,10 +151,21 @@ class PackedFile:
         shape = (self.header.samples, self.header.canvas, self.header.canvas, 3)
         self.pixels = np.ndarray(shape, np.uint8, self._map, ALIGNMENT)
         self._data = pa.py_buffer(self._map)
-        self.table = pa.ipc.open_file(self.section(SAMPLES)).read_all()
+        self.table = self._samples(checked)
         # not from where and when it was packed: a copy of the data gives the same
         sums = "".join(self.header.sections[name][2] for name in (SAMPLES, CHUNKS))
         self.fingerprint = hashlib.blake2b(sums.encode(), digest_size=8).hexdigest()
+
+    def _samples(self, checked: bool) -> pa.Table:
+        try:
+            table = pa.ipc.open_file(self.section(SAMPLES)).read_all()
+            if table.num_rows != self.header.samples or not table.schema.equals(PACKED_SCHEMA):
+                raise ValueError("they are others than its header says")
+            if not checked:  # offsets that lead outside the file would end the process when a cell is read
+                table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged in section 'samples' ({error}): copy or pack it again") from error
+        return table
 
     def canvas(self, row: int) -> np.ndarray:
         """Canvas `row` where it lies in the file: uint8 (C, C, 3), read-only."""
@@ -190,13 +233,16 @@ class PackedSource:
         self.name, self.file, self.labelled = name, file, labelled
         self.rows = np.arange(file.header.samples) if rows is None else rows
         self.picture_size = (file.header.canvas, file.header.canvas)
-        self._columns = {column: file.table.column(column).combine_chunks() for column in COLUMNS}
+        # in one piece but for text beyond 2 GiB, whose pieces are left where they lie in the file
+        columns = {column: file.table.column(column) for column in COLUMNS}
+        self._columns = {name: one.chunk(0) if one.num_chunks == 1 else one for name, one in columns.items()}
         if not labelled:
             self._columns["identity"] = pa.nulls(len(file.table), pa.string())
-        bad = file.table.column("bad").combine_chunks()
-        self._bad = {row: bad[row].as_py() for row in np.flatnonzero(bad.is_valid()).tolist()}
-        described = f"{file.fingerprint} {labelled}".encode() + self.rows.astype("<i8").tobytes()
-        self.fingerprint = hashlib.blake2b(described, digest_size=8).hexdigest()
+        bad = file.table.column("bad")
+        self._bad = {row: bad[row].as_py() for row in np.flatnonzero(np.asarray(bad.is_valid())).tolist()}
+        described = hashlib.blake2b(f"{file.fingerprint} {labelled}".encode(), digest_size=8)
+        described.update(np.ascontiguousarray(self.rows, "<i8"))
+        self.fingerprint = described.hexdigest()
 
     def __reduce__(self):
         return _reopened, (self.name, str(self.file.path), self.file.fingerprint, self.rows, self.labelled)
@@ -214,7 +260,8 @@ class PackedSource:
 
     def array(self, name: str) -> pa.Array:
         """The same as an Arrow array."""
-        return self._columns[name].take(pa.array(self.rows))
+        taken = self._columns[name].take(pa.array(self.rows))
+        return one_array(taken) if isinstance(taken, pa.ChunkedArray) else taken
 
     def stamp(self) -> str:
         """The fingerprint: the checksums of the pixels are in it."""
@@ -236,7 +283,7 @@ class PackedSource:
 
 
 def _reopened(name: str, path: str, fingerprint: str, rows: np.ndarray, labelled: bool) -> PackedSource:
-    file = PackedFile(path)
+    file = PackedFile(path, checked=True)
     if file.fingerprint != fingerprint:
         raise UserError(f"{path} was replaced while it was read: start again")
     return PackedSource(name, file, rows, labelled)

@@ -97,7 +97,8 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
         try:
             with pq.ParquetFile(path) as file:
                 _check_picture_column(file.schema_arrow, path)
-                known = [name for name in texts if name in file.schema_arrow.names]
+                names = file.schema_arrow.names
+                known = [name for name in texts if names.count(name) == 1]
                 for batch in file.iter_batches(_ROWS, columns=["image", *known]):
                     for row in batch.to_pylist():
                         cell = row["image"] or {"bytes": None}
@@ -106,15 +107,17 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
                             "path": cell.get("path"),
                             **{name: row.get(name) for name in texts},
                         }
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
 
 
 def _check_picture_column(schema: pa.Schema, path: Path) -> None:
-    if "image" not in schema.names:
+    if schema.names.count("image") != 1:
         raise UserError(f"{path} has no column 'image', only {', '.join(schema.names)}: check --data_path")
     kind = schema.field("image").type
-    if not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+    at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    # text there would be taken for the path of a file on this machine
+    if at < 0 or not (pa.types.is_binary(kind[at].type) or pa.types.is_large_binary(kind[at].type)):
         raise UserError(f"{path}: column 'image' is {kind}, not {{bytes, path}}: check --data_path")
 
 

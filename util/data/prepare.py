@@ -14,11 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from PIL import Image
-
-from util.data.manifest import MANIFEST_NAME, SPLITS, read_manifest, write_manifest
+from util.data.images import BadImage, image_size
+from util.data.manifest import MANIFEST_NAME, SPLITS, is_inside, read_manifest, write_manifest
 from util.run.args import Parser
 from util.run.errors import UserError
 from util.run.log import progress, write_json
@@ -30,6 +31,7 @@ _WIDE = 100  # a folder of more folders than this holds pictures, not archives
 _PROBES = 64  # pictures of a list that are looked for to find their folder
 _THREADS = 16  # reading headers waits for the disk
 _AHEAD = 4096
+_DIGITS = 18  # of the largest number of a picture or a class; such numbers fit in 64 bits
 
 
 def prepare_parser(description: str, data_help: str) -> Parser:
@@ -72,7 +74,7 @@ def picture_folder(root: Path, names: Sequence[str], origin: str, depth: int = _
         raise UserError(f"no picture is listed for {root}: get the label files again")
     probes = names[:: max(1, len(names) // _PROBES)]
     for folder in folders_below(root, depth):
-        if any((folder / name).exists() for name in probes):
+        if any(os.path.exists(folder / name) for name in probes):  # False also for what is no file name at all
             below = folder.relative_to(root).as_posix()
             return "" if below == "." else f"{below}/"
     raise UserError(
@@ -103,12 +105,13 @@ def image_sizes(root: Path, names: Sequence[str], label: str = "reading sizes") 
     """(width, height) in px of each picture, from its header and in order; or why there is none, a str."""
 
     def size(name: str) -> tuple[int, int] | str:
+        if not is_inside(name, root):
+            return "name leads outside the folder"  # a list may name any file of this machine: it is not even opened
         try:
-            with Image.open(root / name) as image:
-                return image.size
+            return image_size(root / name)
         except FileNotFoundError:
             return "file missing"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except BadImage:
             return "file damaged"
 
     with ThreadPoolExecutor(_THREADS) as pool, progress(total=len(names), desc=label, unit="img") as bar:
@@ -239,7 +242,10 @@ def fit_box(box: Sequence[float], size: tuple[int, int] | None) -> tuple[list[fl
 
     (box, None): it fits. (box, remark): it was cut at the border. (None, reason): nothing of it is left.
     """
-    x1, y1, x2, y2 = map(float, box)
+    try:
+        x1, y1, x2, y2 = map(float, box)
+    except OverflowError:
+        return None, "box outside the picture"
     if not (x1 < x2 and y1 < y2):  # also where one is no number
         return None, "degenerate box"
     if size is None:
@@ -266,7 +272,7 @@ def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list
     import csv
 
     rows, places, width = [], range(len(columns)), len(columns)
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         lines = csv.reader(file, delimiter=separator)
         try:
             for row in lines:
@@ -286,6 +292,32 @@ def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}, line {lines.line_num + 1}: no text ({error}): get the file again") from error
     return rows
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A text file, whose first characters may be a byte order mark. UserError where it cannot be opened or is no text.
+
+    Ends of lines are left as they are.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text ({error}): get the file again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): get the file again") from error
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file, as `open_text` opens it."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number of pictures or classes: digits and nothing else, and not thousands of them."""
+    return text.isdecimal() and len(text) <= _DIGITS
 
 
 def parse_numbers(fields: Iterable[str], kind: Callable[[str], float], where: str) -> list[float]:

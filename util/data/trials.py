@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from util.data.packed import PackedFile
 from util.run.errors import UserError
 from util.run.files import write_atomically
+from util.run.untrusted import read_parquet
 
 ICARTOONFACE = "icartoonface"  # the name of the official trials
 TRIALS = pa.schema(
@@ -40,7 +41,6 @@ def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
     if stored is None:
         return None
     try:
-        table = pq.read_table(stored, partitioning=None)
-        return table.select(TRIALS.names).cast(TRIALS).to_pydict()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError, ValueError) as error:
+        return read_parquet(stored).select(TRIALS.names).cast(TRIALS).to_pydict()
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error

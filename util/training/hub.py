@@ -14,7 +14,6 @@ import argparse
 import functools
 import hashlib
 import http.client
-import json
 import os
 import re
 import ssl
@@ -30,8 +29,10 @@ from tqdm import tqdm
 
 from util.run.errors import UserError
 from util.run.files import write_atomically, write_text
+from util.run.untrusted import parse_json, read_json
 from util.training.checkpoint import read_checkpoint
 from util.training.convert import State, args_from_hf, to_official
+from util.training.stored_flags import checked_flags
 
 # a mirror of the released files, such as https://HOST/mae, may stand in
 RELEASE_URL = os.environ.get("ANIMASK_RELEASE_URL", "https://dl.fbaipublicfiles.com/mae").rstrip("/")
@@ -79,7 +80,7 @@ def load_weights(spec: str, *, official_names: bool = True) -> Weights:
         return weights
     try:
         return replace(weights, state=to_official(weights.state))
-    except ValueError as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         if weights.kind == "timm":
             raise UserError(f"{weights.source} is no plain vision transformer: {error}") from error
         trained = any("lora_" in name or name.startswith("head.") for name in weights.state)
@@ -113,9 +114,9 @@ def _read_safetensors(path: Path) -> dict:
     try:
         state = load_file(path)
         with safe_open(path, framework="pt") as file:
-            args = json.loads((file.metadata() or {}).get("args", "null"))
+            args = parse_json((file.metadata() or {}).get("args", "null"))
         return {"model": state, "args": args} if isinstance(args, dict) else state
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({_reason(error)})") from error
 
 
@@ -126,7 +127,23 @@ def _tensors_of(content, source: str) -> State:
         state = content.get("model", content.get("state_dict", content))
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{source} is no checkpoint: it holds neither a state dict nor one under 'model'")
+    for name, value in state.items():
+        if not isinstance(name, str) or not _is_plain(value):
+            raise UserError(f"{source} holds a tensor that is no plain one ({name}): save the weights anew")
     return state
+
+
+_TYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is numbers in memory: one of a billion elements that are all the same one is a few bytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _TYPES:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _without_wrappers(state: State) -> State:
@@ -140,7 +157,7 @@ def _args_of(content: dict, path: Path) -> dict:
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     if isinstance(args, dict) and args:
-        return dict(args)
+        return checked_flags(args, str(path))
     if path.stem in RELEASES:
         size = path.stem.split("_")[3]
         patch = 14 if size == "huge" else 16
@@ -149,11 +166,11 @@ def _args_of(content: dict, path: Path) -> dict:
     config = path.with_name("config.json")
     if config.is_file():
         try:
-            known = json.loads(config.read_text(encoding="utf-8"))
+            known = read_json(config)
             if "img_size" in known:  # of models_hub: the arguments that the model is built with
-                return known | {"input_size": known["img_size"]}
-            return args_from_hf(known)
-        except (ValueError, TypeError) as error:
+                return checked_flags(known | {"input_size": known["img_size"]}, str(config))
+            return checked_flags(args_from_hf(known), str(config))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{config} is damaged ({_reason(error)}): restore it or remove it") from error
     return {}
 

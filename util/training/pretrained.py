@@ -79,6 +79,8 @@ def grid_of_weights(weights: Weights, patch_size: int, prefix: int = 1) -> tuple
     """
     if "pos_embed" not in weights.state:
         raise UserError(f"{weights.source} lacks pos_embed: it is no checkpoint of a masked autoencoder")
+    if weights.state["pos_embed"].ndim != 3:
+        raise UserError(f"{weights.source} has position embeddings of another form: choose other weights")
     size, patches = weights.args.get("input_size"), weights.state["pos_embed"].shape[1] - prefix
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size

@@ -10,7 +10,6 @@ FOLDER/KEY/00000.npz      some pictures: their names and stamps, their faces; ea
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from util.run.files import write_atomically
 from util.run.log import write_json
+from util.run.untrusted import read_arrays
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class FaceStore:
         write_json(self.folder / "facts.json", facts)
         self._faces: dict[PictureFile, Faces] = {}
         self._next = 0
-        for path in sorted(self.folder.glob("*.npz")):
+        for path in sorted(path for path in self.folder.glob("*.npz") if path.stem.isdecimal()):
             self._next = int(path.stem) + 1
             for faces in _read(path, dim):
                 self._faces[faces.picture] = faces
@@ -96,13 +96,17 @@ _ARRAYS = ("boxes", "scores", "embeddings")
 def _read(path: Path, dim: int) -> list[Faces]:
     """The pictures of a file; none where it is damaged: they are looked at again."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("names", "stamps", "bad", "counts", *_ARRAYS)}
-        ends = arrays["counts"].cumsum()[:-1]
-        parts = [np.split(arrays[name], ends) for name in _ARRAYS]
-        if arrays["embeddings"].shape != (arrays["counts"].sum(), dim):
+        stored = read_arrays(path)
+        arrays = {name: stored[name] for name in ("names", "stamps", "bad", "counts", *_ARRAYS)}
+        counts = arrays["counts"]
+        total = int(counts.sum())
+        shapes = {"boxes": (total, 4), "scores": (total,), "embeddings": (total, dim)}
+        if counts.dtype.kind != "i" or (counts < 0).any():
             return []
+        if any(arrays[name].shape != shape or arrays[name].dtype != np.float32 for name, shape in shapes.items()):
+            return []
+        parts = [np.split(arrays[name], counts.cumsum()[:-1]) for name in _ARRAYS]
         facts = zip(*(arrays[name].tolist() for name in ("names", "stamps", "bad")), *parts, strict=True)
         return [Faces(PictureFile(name, stamp), *own, bad) for name, stamp, bad, *own in facts]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -7,7 +7,6 @@ written in chunks, each whole or not there, so a computation that was stopped go
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import write_json
 from util.run.seed import rng_for
+from util.run.untrusted import read_arrays
 from util.training.session import Session
 from util.transfer.encoder import Encoder, make_encoder
 
@@ -154,9 +154,9 @@ def _write(path: Path, part: dict) -> None:
 def _read(path: Path) -> dict | None:
     """A chunk, or None where there is none or it is damaged: it is computed then."""
     try:
-        with np.load(path, allow_pickle=False) as part:
-            return {name: part[name] for name in ("embeddings", "bad", "seconds", "peak")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        part = read_arrays(path)
+        return {name: part[name] for name in ("embeddings", "bad", "seconds", "peak")}
+    except (OSError, ValueError, KeyError):
         return None
 
 

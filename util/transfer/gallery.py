@@ -13,8 +13,7 @@ enrolled is there after a crash, and a character is never there by half.
 """
 
 import hashlib
-import json
-import zipfile
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL import Image
 from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import write_json
+from util.run.untrusted import read_arrays, read_json
 
 VERSION = 1
 THUMBNAIL = 128  # px, longer side
@@ -76,7 +76,7 @@ class Gallery:
             try:
                 name, embeddings = _read_person(path, dim)
                 gallery.people[name] = embeddings
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError) as error:
                 gallery.broken[str(path)] = str(error)
         return gallery
 
@@ -85,11 +85,14 @@ class Gallery:
         if not path.is_file():
             return None
         try:
-            note = json.loads(path.read_text(encoding="utf-8"))
+            note = read_json(path)
             if note["version"] != VERSION:
                 raise UserError(f"{path} is of version {note['version']}, and this reads {VERSION}: update the code")
-            return {name: note[name] for name in ("weights", "dim", "threshold")}
-        except (ValueError, KeyError, TypeError) as error:
+            note = {name: note[name] for name in ("weights", "dim", "threshold")}
+            if note["threshold"] is not None and not math.isfinite(note["threshold"]):
+                raise ValueError(f"threshold {note['threshold']}")
+            return note
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error}): remove the folder, and enrol anew") from error
 
     def save(self) -> None:
@@ -174,10 +177,14 @@ def _write_person(path: Path, name: str, embeddings: np.ndarray) -> None:
 
 
 def _read_person(path: Path, dim: int) -> tuple[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as stored:
-        name, embeddings = str(stored["name"]), stored["embeddings"]
+    stored = read_arrays(path)
+    name, embeddings = str(stored["name"]), stored["embeddings"]
+    if stored["name"].shape or not 0 < len(name) <= LONGEST_NAME:
+        raise ValueError("it has no name, or none that could have been enrolled")
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or embeddings.dtype != np.float32 or not len(embeddings):
         raise ValueError(f"its embeddings are {embeddings.dtype} {embeddings.shape}, not float32 (n, {dim})")
+    if not np.isfinite(embeddings).all():
+        raise ValueError("its embeddings are not finite")
     return name, embeddings
 
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from util.run.errors import UserError
 from util.run.files import write_atomically, write_text
+from util.run.untrusted import read_json
 from util.training.optim import blocks_prefix
 
 State = dict[str, torch.Tensor]
@@ -241,7 +242,7 @@ def _listed(values) -> str:
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(
-    rf"({re.escape(_PEFT_PREFIX)})?blocks\.(?P<block>\d+)\.(?P<layer>{'|'.join(map(re.escape, _LAYERS))})"
+    rf"({re.escape(_PEFT_PREFIX)})?blocks\.(?P<block>[0-9]{{1,4}})\.(?P<layer>{'|'.join(map(re.escape, _LAYERS))})"
     r"\.lora_(?P<factor>[AB])\.weight"
 )
 # our own note in the weights file: with all of B at zero, its shape does not tell q, v from q, k
@@ -350,14 +351,14 @@ def _read_settings(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist: name the folder of a PEFT adapter")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         kind = settings["peft_type"]
         given = {name: value for name, value in settings.items() if value is not None}
         settings = {"lora_dropout": 0.0, "alpha_pattern": {}, **given}
         numbers = [settings["lora_alpha"], settings["lora_dropout"], *settings["alpha_pattern"].values()]
         if not all(isinstance(number, (int, float)) and number >= 0 for number in numbers):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged or no PEFT configuration: restore it") from error
     if kind != "LORA":
         raise UserError(f"{folder} is a PEFT adapter of the kind {kind}, not LORA: {_MERGE_IT}")
@@ -371,12 +372,19 @@ def _read_settings(folder: Path) -> dict:
     return settings
 
 
+def _is_cheap(pattern: str) -> bool:
+    """Whether a pattern can be tried on a layer's name: repeated repetitions would take years."""
+    return len(pattern) <= 200 and len(re.findall(r"[*+{?]", pattern)) <= 3 and not re.search(r"\)[*+{]", pattern)
+
+
 def _peft_scaling(settings: dict, folder: Path, block: int, layer: str, rank: int) -> float:
     """The factor of B A in a layer; its rank is that of the file."""
+    patterns = settings["alpha_pattern"]
+    if not all(map(_is_cheap, patterns)):
+        raise UserError(f"{folder / _CONFIG_FILE} is damaged (alpha_pattern): restore it, or name layers in it")
     try:
-        patterns = settings["alpha_pattern"].items()
-        own = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", f"blocks.{block}.{layer}")]
-    except re.error as error:
+        own = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", f"blocks.{block}.{layer}")]
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{folder / _CONFIG_FILE} is damaged (alpha_pattern): restore it") from error
     alpha = (own or [settings["lora_alpha"]])[0]
     if not 0 < alpha < math.inf:
@@ -403,7 +411,7 @@ def _read_layers(folder: Path) -> tuple[_Layers, tuple[int, ...] | None]:
     for block, layer in sorted(found, key=lambda key: (key[0], list(_LAYERS).index(key[1]))):
         a, b = found[block, layer].get("A"), found[block, layer].get("B")
         whole = a is not None and b is not None and a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1]
-        if not whole or len(b) % len(_LAYERS[layer]):
+        if not whole or len(b) % len(_LAYERS[layer]) or not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(f"{folder / _WEIGHTS_FILE} is damaged (blocks.{block}.{layer}): restore it")
         layers[block, layer] = (a, b)
     blocks = {block for block, _ in layers}
@@ -447,7 +455,7 @@ def _read_tensors(path: Path) -> tuple[State, str | None]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             note = (file.metadata() or {}).get(_PARTS_NOTE)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: restore it") from error
     if not tensors:
         raise UserError(f"{path} holds no adapters: name the folder of another PEFT adapter")
