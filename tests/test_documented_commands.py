@@ -65,6 +65,9 @@ NOT_RUN = {
     "python datasets/prepare_splcher.py": (REAL_DATA, "test_prepare_pools.py"),
     "python scripts/release_protocols.py": ("a release of real data", "test_release.py"),
     "python scripts/score_submission.py": ("a release of real data", "test_release.py"),
+    "python scripts/fault_campaign.py": ("200 kills, minutes", "test_fault_campaign.py"),
+    "python scripts/fuzz_readers.py": ("10,000 files for each reader, hours", "test_fuzz_readers.py"),
+    "python scripts/load_demo.py": ("1,000 visitors, minutes", "test_demo_gate.py"),
     "python scripts/tune.py": ("trainings of several methods", "test_tune.py"),
     "python scripts/leaderboard_page.py": ("results of several models", "test_release.py"),
 }  # fmt: skip
