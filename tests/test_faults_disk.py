@@ -432,6 +432,18 @@ def test_a_folder_that_holds_what_a_killed_process_was_writing_is_not_foreign(tm
         write_faces(tmp_path, FACES, 0)
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_data_set_that_was_killed_while_it_said_what_it_is_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("util.toonfaces.dataset.write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_faces(tmp_path / "data", FACES, 0)
+    assert write_faces(tmp_path / "data", FACES, 0)
+
+
 def test_a_grid_that_was_killed_before_its_first_record_goes_on(tmp_path):
     run = Run("mae", ("main_pretrain.py",), {}, tmp_path)
     for name in ("output.txt", ".command.json.0a1b2c3d.tmp"):
@@ -461,7 +473,19 @@ def test_processes_that_draw_end_with_the_one_that_started_them(tmp_path):
 # --- signals, workers
 
 
-def test_a_signal_that_is_ignored_stays_so():
+def test_an_interrupt_that_was_ignored_at_the_start_still_stops_a_run():
+    """A shell script starts whatever it starts with & so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_hangup_that_is_ignored_stays_so():
     """A run under nohup goes on when its terminal is closed."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

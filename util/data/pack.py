@@ -252,6 +252,7 @@ def pack(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{out} was packed from other data or with other flags ({changed}): give another --out, or --overwrite"
             )
+        Journal.remove_rest(out)
         print(f"{out}: complete already, nothing to do")
         return
     try:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,15 @@ class Journal:
         """Give the file its name, and remove the journal."""
         os.replace(self.part, self.out)
         self.path.unlink()
+
+    @staticmethod
+    def remove_rest(out: Path) -> None:
+        """Remove the journal of a packing that was killed when its file had just got its name."""
+        path, part = out.with_name(f"{out.name}.part.jsonl"), out.with_name(f"{out.name}.part")
+        with suppress(OSError), open(path, "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody is packing anew
+            if not part.exists():
+                path.unlink()
 
     def discard(self) -> None:
         """Remove what was written, and the journal."""

@@ -118,9 +118,9 @@ def _claim(out: Path, recipe: Recipe) -> None:
             )
     elif not all(map(is_temporary, out.iterdir())):
         raise UserError(f"{out} exists and is no unfinished ToonFaces folder: choose another --out, or empty it")
+    write_text(marker, recipe.text())  # first of all: of a run that is killed here, nothing else is left
     for name in ("images", "masks", _PARTS):
         (out / name).mkdir(parents=True, exist_ok=True)
-    write_text(marker, recipe.text())
 
 
 def _part(out: Path, start: int) -> Path:

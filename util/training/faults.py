@@ -110,7 +110,8 @@ class BadImages:
 class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into a wish to stop; one that comes seconds later acts at once.
 
-    One that is ignored stays so: a run under nohup goes on when its terminal is closed.
+    A SIGHUP that is ignored stays so: a run under nohup goes on when its terminal is closed. SIGINT does not: a shell
+    script lets all that it starts with & ignore it, and whoever sends it by hand means it.
     """
 
     def __init__(self):
@@ -120,7 +121,7 @@ class Signals:
 
     def __enter__(self):
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 self._before[signum] = signal.signal(signum, self._note)
         return self
 
