@@ -25,7 +25,7 @@ def here(**more) -> SimpleNamespace:
     """A session that keeps what is said in `said`."""
     said = []
     run = SimpleNamespace(say=said.append)
-    return SimpleNamespace(world=World(), device=CPU, run=run, resume_from=None, said=said, **more)
+    return SimpleNamespace(world=World(), device=CPU, run=run, resume_from=None, said=said, sharded=False, **more)
 
 
 def flags(**more) -> SimpleNamespace:

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from util.data import manifest
 from util.data.augment import EvalCrop
 from util.data.face_crop import FaceCrops, face_region, open_pictures
 from util.data.labels import open_labelled, stratified
@@ -70,8 +70,8 @@ def test_keys_are_sources_and_else_file_names(folder):
 
 def test_the_file_is_read_once_for_all_roles_and_anew_when_it_changes(folder, tmp_path, monkeypatch):
     write_manifest(tmp_path, [{"sample_id": str(i), "file_name": f"{i}.png", "split": "train"} for i in range(50)])
-    read, reads = pq.read_table, []
-    monkeypatch.setattr(pq, "read_table", lambda path, **options: reads.append(path) or read(path, **options))
+    read, reads = manifest.read_parquet, []
+    monkeypatch.setattr(manifest, "read_parquet", lambda path: reads.append(path) or read(path))
     train, val = open_source(tmp_path, "train"), open_source(tmp_path, "val")
     assert len(reads) == 1 and len(train) + len(val) == 50
     first = read_manifest(tmp_path)

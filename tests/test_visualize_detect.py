@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(art, boxes, tmp_path,
         return find(picture, finder, name, min_score)
 
     monkeypatch.setattr(detect, "find_faces", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(art, boxes, out, "--crops")
     with open(out / detect.JOURNAL, "a") as journal:
         journal.write('{"file_name": "deep/er/a.p')  # the line that was being written
