@@ -44,10 +44,14 @@ def outside_cause(error: Exception) -> str | None:
     if trouble := disk_trouble(error):
         name = getattr(error, "filename", None)
         return f"{name}: {trouble}" if name else trouble
-    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    if not worker and not isinstance(error, BrokenExecutor):
+    if not any(map(_is_killed_worker, _causes(error))):
         return None
     return (
         "a worker process was killed, perhaps because memory ran out: what was saved is kept; "
         "give the same command again (a training with --resume auto), with fewer workers if it happens again"
     )
+
+
+def _is_killed_worker(error: BaseException) -> bool:
+    """PyTorch raises it wherever the main process just is, so that other errors may follow from it."""
+    return isinstance(error, BrokenExecutor) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
