@@ -9,9 +9,10 @@ from pathlib import Path
 
 from util.faults.readable import files_of
 
-# keys of results and arrays, at any depth
+# keys of results and arrays, at any depth; how large a batch and how often it is timed depends on how long it takes
 _WALL = re.compile(
-    r"(.*_)?seconds(_.*)?|.*per_s|.*_ms(_.*)?|date|peak(_.*)?|git_commit|stamps?|memory|speedup.*|batch_repeats"
+    r"(.*_)?seconds(_.*)?|.*per_s|.*_ms(_.*)?|date|peak(_.*)?|git_commit|stamps?|memory|speedup.*"
+    r"|(latency|batch)_repeats|batch"
 )
 _EVENTS = "events.out.tfevents.*"  # every start begins another one
 
