@@ -432,6 +432,13 @@ def test_a_folder_that_holds_what_a_killed_process_was_writing_is_not_foreign(tm
         write_faces(tmp_path, FACES, 0)
 
 
+def test_the_lock_of_one_that_was_killed_at_the_very_end_is_taken_away(tmp_path):
+    assert write_faces(tmp_path, FACES, 0)
+    (tmp_path / ".lock").touch()
+    assert not write_faces(tmp_path, FACES, 0)
+    assert not (tmp_path / ".lock").exists()
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 

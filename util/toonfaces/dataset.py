@@ -66,7 +66,7 @@ def write_scenes(out: Path, recipe: Recipe, workers: int) -> bool:
 
 
 def _write(out: Path, recipe: Recipe, count: int, draw: Callable, workers: int, unit: str) -> bool:
-    if _is_complete(out, recipe) and not _leftovers(out):
+    if _is_complete(out, recipe) and not _leftovers(out) and not _is_held(out):
         return False
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,6 +106,11 @@ def _is_complete(out: Path, recipe: Recipe) -> bool:
 
 def _leftovers(out: Path) -> list[Path]:
     return [rest for rest in (out / _MARKER, out / _PARTS) if rest.exists()]
+
+
+def _is_held(out: Path) -> bool:
+    """Whether somebody fills the folder, or was killed when it was full already: the lock goes with the next."""
+    return any(map(is_temporary, out.iterdir()))
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
