@@ -258,15 +258,11 @@ def sends_too_much_in_pieces(door: Door, rng) -> str:
 def speaks_nonsense(door: Door, rng) -> str:
     """Calls that no page makes."""
     deep = b"[" * 50_000 + b"]" * 50_000
-    calls = [
-        b"{",
-        b"null",
-        b'{"data": []}',
-        b'{"data": [], "fn_index": 99999, "session_hash": "x"}',
-        deep,
-        rng.bytes(300),
-    ]
+    unknown = b'{"data": [], "fn_index": 99999, "session_hash": "x"}'
+    calls = [b"{", b"null", b'{"data": []}', unknown, deep, rng.bytes(300)]
     status, _ = door.ask("POST", "/gradio_api/queue/join", calls[int(rng.integers(len(calls)))])
+    assert 400 <= status < 500 or status == 200, status
+    status, _ = door.ask("POST", _elsewhere(rng), calls[int(rng.integers(len(calls)))])
     assert 400 <= status < 500 or status == 200, status
     kind = str(rng.choice(["text/plain", "multipart/form-data", "multipart/form-data; boundary=", FORM]))
     status, _ = door.ask("POST", "/gradio_api/upload", rng.bytes(200), kind)
@@ -276,6 +272,13 @@ def speaks_nonsense(door: Door, rng) -> str:
         sock.sendall(lines[int(rng.integers(len(lines)))] + b"\r\n\r\n")
         assert b"200 OK" not in sock.recv(4096)
     return REFUSED
+
+
+def _elsewhere(rng: np.random.Generator) -> str:
+    """An address that Gradio has, and this demo has no use for, or of which it makes no use this way."""
+    names = ["process_recording", "vibe-edit", "proxy=http://127.0.0.1/", "run/predict", "call/x", "component_server",
+             "cancel", "reset", "stream/x", "queue/data", "heartbeat/x", "upload_progress", "monitoring"]  # fmt: skip
+    return f"/gradio_api/{names[int(rng.integers(len(names)))]}"
 
 
 # paths

@@ -22,7 +22,7 @@ from util.data.images import BadImage, decode_image
 from util.run.errors import UserError
 from visualize.demo.annotate import Page
 from visualize.demo.annotations import Draft
-from visualize.demo.gate import BodyLimit, Patience, StoreLimit, http_protocol
+from visualize.demo.gate import BodyLimit, Patience, Reception, StoreLimit, http_protocol
 from visualize.demo.models import Settings
 from visualize.demo.pictures import Limits, open_upload
 from visualize.demo.shelf import Shelf
@@ -200,7 +200,55 @@ def test_a_call_can_name_what_was_uploaded_and_nothing_else(tmp_path, monkeypatc
         assert f"{outside.stat().st_size} bytes" in door.call("go", "click", [own], "a")[1]
         for number, path in enumerate((str(outside), "/etc/passwd", f"http://127.0.0.1:{port}/config")):
             assert door.call("go", "click", [file_data(path)], f"b{number}")[0] == REFUSED, path
+        body = b'{"data": [], "fn_index": 99999, "session_hash": "x"}'  # gradio looks it up and breaks
+        assert door.ask("POST", "/gradio_api/queue/join", body)[0] == 400
+        assert door.ask("POST", "/gradio_api/process_recording", *form(b"x", "x.mp4"))[0] == 404
     assert not [path for path in (tmp_path / "uploads").rglob("*") if path.name in ("outside.png", "passwd", "config")]
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/gradio_api/process_recording", 404), ("/gradio_api/proxy=http://x", 404), ("/gradio_api/vibe-edit", 404),
+    ("/gradio_api/config", 404), ("/breaks", 404), ("/reset", 404), ("/config", 400), ("/gradio_api/file=x", 400),
+])  # fmt: skip
+def test_what_no_page_asks_for_is_refused(path, status, capsys):
+    """The application answers every request by its own "500" and an exception, as Starlette does."""
+    asked, sent = [], []
+
+    async def app(scope, receive, send):
+        asked.append(scope["path"])
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Internal Server Error"})
+        raise KeyError(99999)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Reception(app)({"type": "http", "method": "POST", "path": path}, None, send))
+    assert [message.get("status") for message in sent] == [status, None]
+    assert asked == ([path] if status == 400 else [])
+    said = capsys.readouterr().err
+    assert said == (f"refused: POST {path!r} (KeyError)\n" if status == 400 else "")
+
+
+def test_an_answer_that_has_begun_is_broken_off_and_an_own_500_passes():
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    async def breaks(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise OSError("gone")
+
+    async def says_500(scope, receive, send):
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"said by the page"})
+
+    scope = {"type": "http", "method": "GET", "path": "/config"}
+    with pytest.raises(OSError):
+        asyncio.run(Reception(breaks)(scope, None, send))
+    asyncio.run(Reception(says_500)(scope, None, send))
+    assert sent == ["http.response.start", "http.response.start", "http.response.body"]
 
 
 # the shelf

@@ -18,10 +18,14 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 FAULTS = """
 import resource, sys
 import torch
-from util.run.device import keep_freed_memory
+from util.run.device import keep_freed_memory, pick_device
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
+elif sys.argv[1] == "picked":
+    pick_device("cpu")
+else:
+    pick_device("cpu", keep_memory=False)
 torch.set_num_threads(1)
 for _ in range(12):  # until there are enough free blocks, memory comes from the system in any case
     torch.ones(1 << 24)
@@ -34,8 +38,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_freed_memory_is_kept_and_not_faulted_in_again(run_script):
-    kept, given_back = (int(run_script("-c", FAULTS, how).stdout) for how in ("kept", "given back"))
-    assert kept < 20
+    kept, picked, given_back = (int(run_script("-c", FAULTS, how).stdout) for how in ("kept", "picked", "given back"))
+    assert kept < 20 and picked < 20
     assert given_back > 10 * 20  # 32 of 2 MB each time, where pages are huge
 
 

@@ -20,8 +20,11 @@ COMPILE_PAYS_AFTER_STEPS = 1000
 INFERENCE_BATCH = 128
 
 
-def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu. A device asked for by name that is not there is a UserError."""
+def pick_device(name: str = "auto", local_rank: int = 0, *, keep_memory: bool = True) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. A device asked for by name that is not there is a UserError.
+
+    keep_memory: see `keep_freed_memory`; not for what runs for days beside other programs and is mostly idle.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name.split(":")[0]
     if name == "auto":
@@ -40,7 +43,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         # others, which add in another order.
         torch.set_float32_matmul_precision("high")
         return device
-    if kind == "cpu":
+    if kind == "cpu" and keep_memory:
         keep_freed_memory()
     return torch.device(kind)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from util.run.errors import UserError
 from visualize.demo import enrol, examples, recognise, reconstruct, verify
-from visualize.demo.gate import MOST_CONNECTIONS, STORE_BYTES, BodyLimit, StoreLimit, http_protocol
+from visualize.demo.gate import MOST_CONNECTIONS, STORE_BYTES, BodyLimit, Reception, StoreLimit, http_protocol
 from visualize.demo.models import Models, Settings
 
 # read when gradio is imported: no call home, no traces
@@ -80,6 +80,7 @@ def web_app(page, settings: Settings, host: str):
     from visualize.demo.inputs import uploads_alone
 
     web = FastAPI(openapi_url=None)
+    web.add_middleware(Reception)
     web.add_middleware(StoreLimit, folder=Path(gr.utils.get_upload_folder()), most=STORE_BYTES)
     web.add_middleware(BodyLimit, most=FILES * settings.limits.max_bytes + FORM_BYTES)
     if host in LOOPBACK:  # a name that is made to point here does not make a strange site ours

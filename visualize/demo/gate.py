@@ -1,9 +1,10 @@
-"""What stands between the network and Gradio: how large requests may be, how slow, and how much of them is kept.
+"""What stands between the network and Gradio: what may be asked, how large and how slow, and how much of it is kept.
 
 Gradio has a limit for uploads alone, and uvicorn waits for a request that has begun as long as the visitor likes.
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -14,6 +15,51 @@ from stat import S_ISREG
 HEAD_S = 20.0  # that a connection may take to say what it wants
 STORE_BYTES = 2_000_000_000  # of uploads that are kept
 MOST_CONNECTIONS = 400  # at once; above, a request is answered by 503. Linux lets a process open 1,024 files
+# what the page asks for; Gradio also has a cutter of videos, a proxy, and an editor of the program
+_API = "/gradio_api/"
+ADDRESSES = {"/", "/config", "/config/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon"} | {
+    _API + name
+    for name in ("app_id", "cancel", "component_server", "component_server/", "info", "info/", "queue/data",
+                 "queue/join", "reset", "reset/", "startup-events", "theme.css", "upload", "upload_progress")
+}  # fmt: skip
+FOLDERS = ("/assets/", "/pwa_icon/", "/static/", "/svelte/", _API + "file=", _API + "heartbeat/")
+
+
+class Reception:
+    """ASGI middleware: lets through what the page asks for, and refuses where Gradio breaks on what a stranger asks.
+
+    What fails inside a function of the page never comes here, Gradio tells the page of it. So an exception is a request
+    that no page makes: status 400, and a line instead of a traceback. Whatever is no address of the page: 404.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"]
+        if path not in ADDRESSES and not path.startswith(FOLDERS):
+            return await _refuse(send, 404, b"there is nothing here")
+        held: list[dict] = []  # a "500" that Gradio's server sends before it passes the exception on
+
+        async def answer(message) -> None:
+            if held or message.get("status") == 500:
+                held.append(message)
+            else:
+                answer.begun = True
+                await send(message)
+
+        answer.begun = False
+        try:
+            await self.app(scope, receive, answer)
+        except Exception as error:
+            if answer.begun:
+                raise
+            print(f"refused: {scope['method']} {path[:100]!r} ({type(error).__name__})", file=sys.stderr, flush=True)
+            return await _refuse(send, 400, b"no page asks for this")
+        for message in held:
+            await send(message)
 
 
 @dataclass(frozen=True)
@@ -39,7 +85,7 @@ class BodyLimit:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.most:
-            return await _refuse(send)
+            return await _refuse(send, 413, b"the request is too large")
         body = _Body(receive, self.most, self.patience, headers.get(b"content-type", b""))
 
         async def answer(message) -> None:
@@ -117,10 +163,10 @@ def make_room(folder: Path, most: int) -> None:
         total -= size
 
 
-async def _refuse(send) -> None:
+async def _refuse(send, status: int, reason: bytes) -> None:
     headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": b"the request is too large"})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reason})
 
 
 def http_protocol(head_s: float = HEAD_S) -> type[asyncio.Protocol]:

@@ -60,7 +60,7 @@ class Models:
     def __init__(self, settings: Settings):
         self.settings, self.limits = settings, settings.limits
         self.lock = threading.RLock()
-        self.device = pick_device(settings.device)
+        self.device = pick_device(settings.device, keep_memory=False)
         ckpt = settings.ckpt or shipped("recogniser")
         self.facts = read_facts(ckpt)
         self._open_recogniser(ckpt)
