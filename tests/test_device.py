@@ -43,6 +43,34 @@ def test_freed_memory_is_kept_and_not_faulted_in_again(run_script):
     assert given_back > 10 * 20  # 32 of 2 MB each time, where pages are huge
 
 
+ARENAS = """
+import ctypes, sys, threading
+from util.run.device import pick_device
+
+pick_device("cpu", keep_memory=sys.argv[1] == "kept")
+everyone = threading.Barrier(12)
+
+def take():
+    block = bytes(100_000)
+    everyone.wait()
+
+threads = [threading.Thread(target=take) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc = ctypes.CDLL(None)
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+def test_threads_of_a_server_share_two_arenas(run_script):
+    kept, shared = (run_script("-c", ARENAS, how).stdout.count("<heap nr=") for how in ("kept", "shared"))
+    assert kept > 4 and shared == 2
+
+
 def test_compiling_is_a_function_of_the_run():
     assert use_compile("on", CPU, 1) and not use_compile("off", CUDA, 10**9)
     assert [use_compile("auto", CUDA, steps) for steps in (999, 1000)] == [False, True]

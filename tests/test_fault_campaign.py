@@ -152,6 +152,29 @@ def test_processes_that_a_killed_one_leaves_are_found():
     assert left_behind([process.pid], 0) == []
 
 
+BARS = """
+import os, signal
+from util.faults.forked import fork
+from util.run.log import progress
+
+with progress(range(1), desc="the campaign's own") as bar:  # from here on there is a lock for all forks
+    next(iter(bar))
+
+def dies_within_a_bar():
+    progress(range(1), desc="x").get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def shows_a_bar():
+    list(progress(range(2), desc="y"))
+
+print([os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) for work in (dies_within_a_bar, shows_a_bar)])
+"""
+
+
+def test_a_job_that_dies_while_it_draws_a_bar_holds_nobody_up(run_script):
+    assert run_script("-c", BARS).stdout.split("\n")[0] == "[-9, 0]"
+
+
 def test_what_a_process_finds_out_comes_back():
     assert ask(lambda: {"pid": os.getpid() != PID}) == {"pid": True}
     with pytest.raises(RuntimeError, match="status 1"):

@@ -45,6 +45,7 @@ def fork(work: Callable[[], int | None]) -> int:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # a campaign that is killed leaves no job behind
         atexit._clear()  # what the parent has to do at its end is not the child's
         atexit.register(multiprocessing.util._exit_function)
+        _own_locks()
         status = work() or 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else bool(stop.code)
@@ -58,6 +59,12 @@ def fork(work: Callable[[], int | None]) -> int:
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _own_locks() -> None:
+    """Give this process a lock of its own for its bars: tqdm shares one with all forks, which a killed one keeps."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
 
 
 def run_script(argv: Sequence[str], output: Path) -> None:
