@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -134,12 +135,13 @@ def map_names(folder: Path, victim: Path) -> None:
 
 def make_packed(folder: Path) -> None:
     """A packed file with a map and trials in it."""
-    data = folder.parent / "unpacked"
-    corpus.maps(data)
-    corpus.protocols(data)
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["--data_path", str(data), "--out", str(folder / "data.pack"), "--canvas", "8", "--num_workers", "0"]
-    pack.main([*flags, "--max_bad", "1"])
+    with TemporaryDirectory(dir=folder.parent) as name:  # of this child process alone
+        data = Path(name) / "unpacked"
+        corpus.maps(data)
+        corpus.protocols(data)
+        flags = ["--data_path", str(data), "--out", str(folder / "data.pack"), "--canvas", "8", "--num_workers", "0"]
+        pack.main([*flags, "--max_bad", "1"])
 
 
 def read_packed(folder: Path, victim: Path) -> None:
