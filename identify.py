@@ -104,10 +104,6 @@ def _cluster_name(text: str) -> tuple[int, str]:
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     out = Path(args.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {out} cannot be made ({error.strerror}): choose another") from error
     with only_writer(out):
         identify(args, out)
 

@@ -89,15 +89,16 @@ def load_transferred(path: str | Path, device: torch.device | str = "cpu") -> Tr
 def _transferred(checkpoint: dict, path: str | Path, device: torch.device | str) -> Transferred:
     args, state, classes = checked_flags(checkpoint["args"], str(path)), checkpoint["model"], checkpoint["classes"]
     try:
-        return _built(checkpoint, args, state, tuple(classes), path, device)
+        model, config = _built(checkpoint, args, state, tuple(classes), path)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not fit its own flags ({reason}): restore it, or give another") from error
+    return Transferred(model.to(device).eval(), tuple(classes), args, config)
 
 
 def _built(
-    checkpoint: dict, args: dict, state: dict, classes: tuple, path: str | Path, device: torch.device | str
-) -> Transferred:
+    checkpoint: dict, args: dict, state: dict, classes: tuple, path: str | Path
+) -> tuple[Backbone, LoRAConfig | None]:
     if not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no names")
     on_base = "base" in checkpoint
@@ -119,7 +120,7 @@ def _built(
     for name, value in model.head.state_dict().items():  # an encoder's would be seen in its embeddings
         if not value.isfinite().all():
             raise UserError(f"{path} has a head that holds no numbers ({name}): train it again")
-    return Transferred(model.to(device).eval(), classes, args, config)
+    return model, config
 
 
 def load_recogniser(

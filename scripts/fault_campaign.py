@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.faults.forked import ask, preload
 from util.faults.jobs import JOBS, Job
-from util.faults.kills import WAYS, End, as_json, draw_plan, left_behind, run
+from util.faults.kills import WAYS, End, as_json, draw_plan, left_behind, orphans, run
 from util.faults.outcome import differences, outcome
 from util.faults.readable import unreadable
 from util.faults.report import kills_of, markdown, passed
@@ -33,6 +33,7 @@ from util.run import args as flags
 from util.run.errors import UserError, cli
 from util.run.files import only_writer, write_text
 from util.run.log import git_commit, progress, write_json
+from util.run.process_tree import descendants
 
 MODULES = (
     "main_pretrain", "main_simclr", "main_linprobe", "main_lora", "main_finetune", "main_detect", "eval_recognition",
@@ -81,14 +82,13 @@ class Campaign:
         """Kill, look, start again, and so on; then let it end, and compare. Returns what happened, for results.json."""
         whole, folder = self.whole(job), self._fresh(job)
         result = {"job": job.name, "trial": number, "kills": [], "unreadable": [], "differs": [], "failed": ""}
-        sessions, end = [], None
+        before, end = descendants(os.getpid()), None
         for attempt in range(job.kills):
             plan = draw_plan((self.seed, job.name, number, attempt), whole.end, self.ways, job.own_processes)
             end = self._start(job, plan)
             result["kills"].append(as_json(plan, end))
             if not end.killed:
                 break
-            sessions.append(end.pid)
             result["unreadable"] += ask(partial(unreadable, folder))
         if end.killed:
             end = self._start(job)
@@ -99,7 +99,7 @@ class Campaign:
             result["unreadable"] += found
         else:
             result["differs"] = differences(ask(partial(outcome, folder, job.leaves)), whole.left)
-        left = left_behind(sessions, PATIENCE_S)
+        left = left_behind(before, PATIENCE_S)
         result["left_behind"] = len(left)
         for pid in left:
             with suppress(ProcessLookupError):
@@ -111,10 +111,12 @@ class Campaign:
         return result
 
     def _start(self, job: Job, plan=None) -> End:
-        """One start of the job's command. Waits while what a killed one had started goes on."""
+        """One start of the job's command. Waits for a while where what a killed one had started goes on."""
+        patience_ends = time.monotonic() + PATIENCE_S
         while True:
             end = run(job.argv(self._places(job)), self._folder(job), self._log(job), plan, clock=job.own_processes)
-            if not (job.own_processes and end.status == 2 and BUSY in self._last_line(job)):
+            refused = job.own_processes and end.status == 2 and BUSY in self._last_line(job)
+            if not refused or time.monotonic() > patience_ends:
                 return end
             time.sleep(1)
 
@@ -168,17 +170,24 @@ class Campaign:
         os.replace(folder, kept)
 
 
-def read_trials(path: Path, args) -> dict[str, list[dict]]:
-    """The trials that are done, by job. UserError where they were of another seed, or of other code."""
-    done = {name: [] for name in args.jobs}
-    if not path.is_file():
-        return done
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if (stored["seed"], stored["ways"]) != (args.seed, args.ways):
-        raise UserError(f"{path} is of another --seed or other --ways: choose another --out")
-    if stored["git_commit"] != git_commit():
-        raise UserError(f"{path} is of commit {stored['git_commit']}, the code is not: choose another --out")
-    return {**done, **stored["trials"]}
+def claim(out: Path, seed: int, ways: list[str]) -> None:
+    """Note in OUT what its runs follow from. UserError where those that are there are of another seed, or code."""
+    path, about = out / "campaign.json", {"seed": seed, "ways": ways, "commit": git_commit()}
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in about if stored.get(name) != about[name]]
+        if changed:
+            differ = ", ".join(f"{name} {stored.get(name)}, not {about[name]}" for name in changed)
+            raise UserError(f"{path} is of {differ}: choose another --out")
+    elif (out / "undisturbed").exists():
+        raise UserError(f"{out} holds runs of an unknown commit: choose another --out")
+    write_json(path, about)
+
+
+def read_trials(path: Path, jobs: list[str]) -> dict[str, list[dict]]:
+    """The trials that are done, by job."""
+    done = {name: [] for name in jobs}
+    return {**done, **json.loads(path.read_text(encoding="utf-8"))["trials"]} if path.is_file() else done
 
 
 def write_results(args, trials: dict[str, list[dict]]) -> None:
@@ -196,7 +205,8 @@ def write_results(args, trials: dict[str, list[dict]]) -> None:
 
 def conduct(args) -> bool:
     """Trials of all jobs in turn until there are enough kills. Returns whether all were passed."""
-    trials = read_trials(args.out / "results.json", args)
+    claim(args.out, args.seed, args.ways)
+    trials = read_trials(args.out / "results.json", args.jobs)
     campaign = Campaign(args.out, args.seed, args.ways)
     preload(MODULES)
 
@@ -218,11 +228,7 @@ def conduct(args) -> bool:
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be made ({error.strerror}): choose another") from error
-    with only_writer(args.out, "--out"):
+    with only_writer(args.out, "--out"), orphans():
         good = conduct(args)
     print(f"table: {args.out / 'campaign.md'}")
     sys.exit(0 if good else 1)

@@ -35,6 +35,7 @@ from util.benchmark.steadiness import EQUAL, FLAT, judge_growth, judge_speed, se
 from util.data.manifest import write_manifest
 from util.run import args as flags
 from util.run.errors import UserError, cli
+from util.run.files import cut_to_whole_lines, only_writer
 from util.run.log import progress, provenance, write_json
 from util.run.process_tree import usage
 from util.run.seed import rng_for
@@ -131,26 +132,25 @@ def reading(pid: int, run: Path, step: int, segment: int) -> dict:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The whole lines of samples.jsonl."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    """The lines of samples.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def watch(args, data: str) -> None:
     """Start the run, or go on with it, and write a reading every so many steps until it is done."""
     path, run = args.out / "samples.jsonl", args.out / "run"
-    before = read_samples(path)
-    segment = before[-1]["segment"] + 1 if before else 0
     every = max(args.steps // args.readings, args.epoch_steps)
-    with open(args.out / "output.txt", "a") as output, open(path, "a") as samples:
+    with open(args.out / "output.txt", "a") as output, open(path, "a+b") as samples:
+        cut_to_whole_lines(samples)
+        before = read_samples(path)
+        segment = before[-1]["segment"] + 1 if before else 0
         child = subprocess.Popen(
             command(args, data), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output
         )
         try:
             for step in epoch_ends(child, run / "log.txt", every, args.steps):
                 with contextlib.suppress(ProcessLookupError):
-                    samples.write(json.dumps(reading(child.pid, run, step, segment)) + "\n")
+                    samples.write(json.dumps(reading(child.pid, run, step, segment)).encode() + b"\n")
                     samples.flush()
         finally:
             if child.poll() is None:
@@ -280,7 +280,7 @@ def get_args(argv: list[str] | None = None):
     add("--input_size", type=flags.count, default=16, help="side of the square images, px")
     add("--batch_size", type=flags.count, default=4, help="images per step")
     add("--log_every", type=flags.count, default=20, help="steps between readings of the loss")
-    add("--readings", type=flags.count, default=400, help="of the process, over the run, at ends of epochs")
+    add("--readings", type=flags.count, default=400, help="of the process, over the run; fewer than 120 decide nothing")
     add("--leak_bytes", type=flags.rate, default=256.0, help="growth of memory that counts as a leak, bytes per step")
     add("--seed", type=flags.count0, default=0, help="of the run")
     args = parser.parse_args(argv)
@@ -291,15 +291,8 @@ def get_args(argv: list[str] | None = None):
     return args
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    args = get_args(argv)
-    args.steps -= args.steps % args.epoch_steps
-    args.out = args.out.resolve()
-    # stopped by its user or by the machine, it ends the run it has started, too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    data = make_data(args.out / "data", args.batch_size * args.epoch_steps, args.data)
-    watch(args, data)
+def conclude(args) -> None:
+    """Judge the readings, draw them, write it all down; exit status 1 where something grows."""
     samples = read_samples(args.out / "samples.jsonl")
     verdicts = judge(samples, args)
     draw(samples, args)
@@ -315,6 +308,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(last.values()) / 60:.1f} minutes of processor time; written to {args.out}")
     if not passed(verdicts):
         sys.exit(1)
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    args.steps -= args.steps % args.epoch_steps
+    args.out = args.out.resolve()
+    # stopped by its user or by the machine, it ends the run it has started, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with only_writer(args.out, "--out"):
+        data = make_data(args.out / "data", args.batch_size * args.epoch_steps, args.data)
+        watch(args, data)
+        conclude(args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ from tests.conftest import ROOT
 from tests.helpers import assert_same, make_identities, outcome, transfer_flags
 from util.faults.forked import ask
 from util.faults.jobs import JOBS, Job
-from util.faults.kills import WAYS, End, Plan, draw_plan, kind_of, left_behind, run
+from util.faults.kills import WAYS, End, Plan, draw_plan, kind_of, left_behind, orphans, run
 from util.faults.outcome import differences
 from util.faults.outcome import outcome as digests
 from util.faults.readable import unreadable
 from util.faults.report import markdown, passed
+from util.run.errors import UserError
+from util.run.process_tree import descendants
 from util.training.checkpoint import read_checkpoint, save_checkpoint
 
 # Counts to twenty in files, and goes on where it was. {write} is the way in which it writes them.
@@ -73,7 +76,8 @@ def campaign(import_script, tmp_path, monkeypatch):
     """campaign(ways, seed=0): a Campaign in a folder of its own, patient for a second only."""
     script = import_script("scripts/fault_campaign.py")
     monkeypatch.setattr(script, "PATIENCE_S", 1.0)
-    return lambda ways=WAYS, seed=0: script.Campaign(tmp_path / f"out{seed}", seed, list(ways))
+    with orphans():
+        yield lambda ways=WAYS, seed=0: script.Campaign(tmp_path / f"out{seed}", seed, list(ways))
 
 
 def test_a_job_that_is_safe_passes_under_every_kill(toy, campaign):
@@ -94,15 +98,21 @@ def test_a_file_that_is_not_written_in_one_step_is_found(toy, campaign):
     assert any((held.out / "failed").iterdir())
 
 
+ONCE = "(not (out / 'once').exists() and not (out / 'once').touch())"  # true at the first start
+DETACHED = "__import__('subprocess').Popen(['sleep', '20'], start_new_session=True)"
+
+
 @pytest.mark.parametrize(
     "first, words",
     [
         ("open(out / 'starts.csv', 'a').write('x')", "starts.csv differs"),
         ("(out / f'trace-{os.getpid()}').touch()", "is left over"),
         ("sys.exit(3) if (out / 'once').exists() else (out / 'once').touch()", "exit status 3"),
-        ("os.fork() or (time.sleep(20), os._exit(0))", "left behind"),
+        ("os.fork() or (time.sleep(20), os._exit(0))", "2 processes left behind"),
+        (f"{ONCE} and {DETACHED}", "1 processes left behind"),
+        (f"{ONCE} or {DETACHED}", "1 processes left behind"),
     ],
-    ids=["another outcome", "a temporary file", "a failed restart", "a process"],
+    ids=["another outcome", "a temporary file", "a failed restart", "processes", "in a session of its own", "the last"],
 )
 def test_other_losses_are_found(toy, campaign, first, words):
     trial = campaign(["at"]).trial(toy(first=first, kills=1), 0)
@@ -143,13 +153,47 @@ def without_number(name: str) -> str:
 
 
 def test_processes_that_a_killed_one_leaves_are_found():
-    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    try:
-        assert left_behind([process.pid], 0) == [process.pid]
-    finally:
+    """Also in a session of their own; those that end are collected, and do not count."""
+    code = "import time; from subprocess import Popen\n"
+    code += "both = [Popen(['sleep', str(seconds)], start_new_session=True) for seconds in (0, 60)]\n"
+    code += "print(both[1].pid, flush=True); time.sleep(60)"
+    with orphans():
+        before = descendants(os.getpid())
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        left = int(process.stdout.readline())
+        process.stdout.close()
         process.kill()
         process.wait()
-    assert left_behind([process.pid], 0) == []
+        assert left_behind(before, 1) == [left]
+        assert left_behind([*before, left], 0) == []
+        os.kill(left, signal.SIGKILL)
+        assert left_behind(before, 5) == [] and not os.path.exists(f"/proc/{left}")
+
+
+def test_a_job_that_is_never_free_fails_and_holds_nobody_up(toy, campaign):
+    """The runs of a grid that was killed may hang: a start is refused for a while, and then it is a failure."""
+    job = replace(
+        toy(first=f"{ONCE} or sys.exit(os.write(1, b'out is in use by\\n') and 2)", kills=1), own_processes=True
+    )
+    trial = campaign(["at"]).trial(job, 0)
+    assert trial["failed"] == "exit status 2: out is in use by"
+
+
+def test_a_campaign_of_other_code_or_flags_is_refused(import_script, tmp_path, monkeypatch):
+    """Before anything was killed, too: undisturbed runs of other code may leave something else."""
+    script = import_script("scripts/fault_campaign.py")
+    monkeypatch.setattr(script, "git_commit", lambda: "a1")
+    for _ in range(2):
+        script.claim(tmp_path, 0, ["at"])
+    with pytest.raises(UserError, match=r"seed 0, not 1, ways .* choose another --out"):
+        script.claim(tmp_path, 1, ["after"])
+    monkeypatch.setattr(script, "git_commit", lambda: "b2")
+    with pytest.raises(UserError, match="is of commit a1, not b2: choose"):
+        script.claim(tmp_path, 0, ["at"])
+    (tmp_path / "campaign.json").unlink()
+    (tmp_path / "undisturbed").mkdir()
+    with pytest.raises(UserError, match="unknown commit"):
+        script.claim(tmp_path, 0, ["at"])
 
 
 BARS = """
@@ -190,7 +234,9 @@ PID = os.getpid()
 def fill(folder: Path, seconds: float, number: int = 1) -> Path:
     folder.mkdir()
     save_checkpoint(folder / "a.pth", {"model": {"w": torch.arange(9) * number}, "progress": {"seconds": seconds}})
-    (folder / "results.json").write_text(json.dumps({"top1": 0.5 * number, "train_seconds": seconds, "date": seconds}))
+    (folder / "results.json").write_text(
+        json.dumps({"top1": 0.5 * number, "train_seconds": seconds, "process": seconds})
+    )
     (folder / "log.txt").write_text(json.dumps({"epoch": number, "seconds": seconds}) + "\n")
     (folder / "events.out.tfevents.1").write_text(str(seconds))
     np.savez(folder / "00000.npz", embeddings=np.arange(4.0) * number, seconds=np.array(seconds))

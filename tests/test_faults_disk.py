@@ -6,9 +6,11 @@ Run: python -m pytest tests/test_faults_disk.py
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -23,17 +25,20 @@ import main_pretrain
 from tests.conftest import ROOT
 from tests.helpers import assert_same, fails, outcome
 from util.data.pack import main as pack
-from util.faults.kills import left_behind
+from util.data.pack_journal import Journal
 from util.run import files
 from util.run.causes import disk_trouble
+from util.run.dist import World
 from util.run.errors import UserError, cli
 from util.run.files import is_temporary, only_writer, write_atomically, write_text
-from util.run.grid_run import Run
-from util.run.log import RunFolder
+from util.run.grid_run import Job, Run
+from util.run.log import RunFolder, read_json_lines
+from util.run.process_tree import descendants, has_ended
 from util.toonfaces.dataset import Recipe, write_faces
 from util.toonfaces.split import Sizes
+from util.training import faults
 from util.training.checkpoint import damage, read_checkpoint, save_checkpoint
-from util.training.faults import Signals
+from util.training.faults import BadImages, Signals
 
 RECIPE = "--model mae_vit_nano_patch8 --input_size 16 --batch_size 8 --epochs 2 --warmup_epochs 1 --eval_images 4"
 RECIPE += " --val_fraction 0.2 --lr 1e-3 --device cpu --num_workers 0 --log_every 2"
@@ -223,6 +228,44 @@ def test_temporary_files_of_killed_processes_are_removed_and_those_of_living_one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another.txt", "living.txt"]
 
 
+@pytest.mark.parametrize("swept", ["before it is locked", "after another one has locked it"])
+def test_a_file_that_a_sweep_takes_away_before_it_is_locked_is_given_another_name(tmp_path, monkeypatch, swept):
+    """A sweep by another process falls between the opening and the locking of a new file."""
+    real, calls = files.try_lock, []
+
+    def late(file, **options):
+        calls.append(file.name)
+        if len(calls) == 1 and swept.startswith("after"):
+            return files.BUSY
+        if len(calls) == 1:
+            os.unlink(file.name)
+        return real(file, **options)
+
+    files._swept.add(tmp_path)
+    monkeypatch.setattr(files, "try_lock", late)
+    write_text(tmp_path / "x.txt", "whole")
+    assert (tmp_path / "x.txt").read_text() == "whole" and len(set(calls)) == 2
+
+
+def test_only_names_that_we_draw_are_swept(tmp_path):
+    for name in (".x.0a1b2c3d.tmp", ".x.a.tmp", ".x.0a1b2c3d4.tmp"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "y.txt", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.0a1b2c3d4.tmp", ".x.a.tmp", "y.txt"]
+
+
+def test_pictures_are_on_the_disk_before_they_count_as_done(tmp_path, monkeypatch):
+    """A power cut would leave empty ones beside a note that they are there."""
+    seen = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append([len(list(tmp_path.rglob(f"*.{kind}"))) for kind in NAMES]))
+    write_faces(tmp_path, FACES, 0)
+    pictures = len(list(tmp_path.glob("images/*.png"))) * 2
+    assert seen[0][1] == 1 and seen[-1][0] == pictures and [parts for _, parts in seen] == [*range(1, len(seen) + 1)]
+
+
+NAMES = ("png", "json")  # pictures; what is done, beside the note of the folder itself
+
+
 # --- damaged checkpoints
 
 
@@ -312,6 +355,37 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(images, whole, l
     assert damage(left / "checkpoint-previous.pth") is None
 
 
+@pytest.mark.parametrize("named", ["otherwise", "as a copy elsewhere"])
+def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_one_before(images, left, tmp_path, named):
+    last, previous = left / "checkpoint-last.pth", left / "checkpoint-previous.pth"
+    last.write_bytes(data := last.read_bytes()[:-5000])
+    named = os.path.relpath(previous) if named == "otherwise" else shutil.copy(previous, tmp_path / "copy.pth")
+    main_pretrain.main(flags(images, left, "--resume", named, "--max_steps", 1))
+    assert (left / "checkpoint-damaged.pth").read_bytes() == data
+    assert damage(last) is None and damage(previous) is None
+
+
+def test_a_last_checkpoint_that_is_whole_is_not_called_damaged(images, left, capsys):
+    data = (left / "checkpoint-last.pth").read_bytes()
+    capsys.readouterr()
+    main_pretrain.main(flags(images, left, "--resume", left / "checkpoint-previous.pth", "--max_steps", 1))
+    assert "damaged" not in capsys.readouterr().out and not (left / "checkpoint-damaged.pth").exists()
+    assert (left / "checkpoint-previous.pth").read_bytes() == data
+
+
+@pytest.mark.parametrize("resume", ["auto", "named"])
+def test_a_checkpoint_that_may_not_be_read_is_one_line(images, left, capsys, monkeypatch, resume):
+    """Which is no damage: the one before it is not taken in its place."""
+    last = left / "checkpoint-last.pth"
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("util.training.checkpoint.open", refuse, raising=False)
+    error = fails(main_pretrain.main, capsys, flags(images, left, "--resume", last if resume == "named" else "auto"))
+    assert error.startswith(f"error: {last} cannot be read (Permission denied): ") and last.exists()
+
+
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(images, left, capsys):
     for name in ("last", "previous"):
         path = left / f"checkpoint-{name}.pth"
@@ -335,6 +409,26 @@ def test_damaged_logs_and_results_do_not_stop_a_run(images, whole, left):
     (left / "results.json").write_text('{"finished": tr')
     main_pretrain.main(flags(images, left, "--resume", "auto"))
     assert_same(outcome(left), outcome(whole / "whole"))
+
+
+def test_a_list_of_bad_images_that_was_cut_short_does_not_stop_a_run(tmp_path):
+    run = RunFolder(str(tmp_path), is_main=True)
+    bad = BadImages(run, 10, 1.0, resumed=False)
+    for entry in ((1, "one\u2028line.png", "cut"), (4, "4.png", "cut")):
+        bad.add(entry)
+    bad.merge(World())
+    listed = bad.path.read_bytes()
+    bad.path.write_bytes(listed[:-9] + b"\xff")
+    resumed = BadImages(run, 10, 1.0, resumed=True)
+    assert list(resumed.found) == [1] and resumed.found[1]["path"] == "one\u2028line.png"
+    resumed.add((4, "4.png", "cut"))
+    resumed.merge(World())
+    assert bad.path.read_bytes() == listed
+
+
+def test_lines_in_pieces_are_left_out(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b'{"epoch": 0}\n\xff{"epoch": 1}\n\0\0\n7\n\n{"epoch": 2}\n{"epoch"')
+    assert read_json_lines(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 2}]
 
 
 # --- two runs in one folder
@@ -393,9 +487,62 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    for take in ("lockf", "flock"):
+        monkeypatch.setattr(files.fcntl, take, refuse)
     with only_writer(tmp_path):
         assert "has no locks" in capsys.readouterr().err
+    with Journal(tmp_path / "p", {"samples": 1, "chunk": 64}, 1, False):
+        assert "has no locks" in capsys.readouterr().err
+    run = Run("a", ("true",), {}, tmp_path / "a")
+    Job(run, 0, None).wait()
+    assert "has no locks" in capsys.readouterr().err and not run.is_running()
+    killed = tmp_path / ".x.json.0a1b2c3d.tmp"  # or somebody's: who can tell
+    killed.touch()
+    files._swept.discard(tmp_path)
+    write_text(tmp_path / "y.json", "{}")
+    assert killed.exists() and (tmp_path / "y.json").read_text() == "{}"
+
+
+def test_a_refusal_names_the_holder_and_what_to_do_if_that_is_gone_for_good(busy, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.0)
+    with pytest.raises(UserError, match=rf"or, if its machine has failed, remove {busy}/.lock$"), only_writer(busy):
+        pass
+    (busy / "sleep.py").write_text("import time; time.sleep(60)")
+    run = Run("a", (str(busy / "sleep.py"),), {}, busy / "a")
+    job = Job(run, 0, None)
+    try:
+        assert re.search(rf"in use by process {job.process.pid} on .*, remove {run.output}$", Job(run, 0, None).note)
+    finally:
+        job.send(signal.SIGKILL)
+        job.wait()
+
+
+def test_a_folder_that_is_let_go_soon_is_waited_for(left, holder):
+    threading.Timer(0.5, holder.kill).start()
+    with only_writer(left):
+        assert holder.wait() == -signal.SIGKILL
+
+
+def test_a_packing_that_ends_while_another_waits_is_not_done_again(tmp_path, monkeypatch):
+    plan = {"samples": 1, "chunk": 64}
+    monkeypatch.setattr("util.data.pack_journal.lock", lambda file: Path(file.name).unlink() is None)
+    with pytest.raises(UserError, match="has just ended: give the same command again"):
+        Journal(tmp_path / "p", plan, 1, False).__enter__()
+
+
+def test_a_full_disk_at_the_lock_is_called_so(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(UserError, match="no space left on device: make room"), only_writer(tmp_path / "made"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_called_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*/file/x cannot be made"), only_writer(tmp_path / "file/x", "--out"):
+        pass
 
 
 @pytest.fixture
@@ -466,9 +613,13 @@ def test_processes_that_draw_end_with_the_one_that_started_them(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list((tmp_path / "data").glob("images/*.png"))) < 3:
         time.sleep(0.02)
+    workers = descendants(process.pid)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert left_behind([process.pid], 20) == []
+    deadline = time.monotonic() + 20
+    while not all(map(has_ended, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers and all(map(has_ended, workers))
     before = len(list((tmp_path / "data/images").iterdir()))
     for path in (tmp_path / "data/images").glob("*.png"):
         with Image.open(path) as picture:
@@ -492,6 +643,34 @@ def test_an_interrupt_that_was_ignored_at_the_start_still_stops_a_run():
         signal.signal(signal.SIGINT, before)
 
 
+def test_the_second_interrupt_ends_a_run_that_ignored_it_at_the_start(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(faults, "_PATIENCE_S", -1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt), Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+IGNORANT = """
+import signal
+from util.training import faults
+faults._PATIENCE_S = -1.0
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with faults.Signals():
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_the_second_termination_does_too():
+    assert subprocess.run([sys.executable, "-c", IGNORANT], cwd=ROOT).returncode == -signal.SIGTERM
+
+
 def test_a_hangup_that_is_ignored_stays_so():
     """A run under nohup goes on when its terminal is closed."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -513,7 +692,7 @@ def test_an_interrupt_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert stop.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_killed_worker_is_told_also_where_it_broke_off_something_else(capsys):
@@ -529,6 +708,25 @@ def test_a_killed_worker_is_told_also_where_it_broke_off_something_else(capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "worker process was killed" in capsys.readouterr().err
+
+
+class Faulty(torch.utils.data.Dataset):
+    """A data set with a fault of ours."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise RuntimeError("a fault of ours")
+
+
+def test_an_error_that_a_worker_has_raised_keeps_its_traceback():
+    @cli
+    def main():
+        list(torch.utils.data.DataLoader(Faulty(), num_workers=1))
+
+    with pytest.raises(RuntimeError, match=r"(?s)DataLoader worker process 0.*RuntimeError: a fault of ours"):
+        main()
 
 
 def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(images, whole, tmp_path):

@@ -367,7 +367,7 @@ def packed_header(header) -> bytes:
 @pytest.mark.parametrize(
     "change",
     [
-        None, [], {"samples": 10**12}, {"samples": -1}, {"canvas": "8"}, {"canvas": 0}, {"chunk": 0}, {"sections": []},
+        None, [], {"samples": 10**12}, {"samples": -1}, {"canvas": "8"}, {"canvas": 0}, {"canvas": 2**31}, {"chunk": 0}, {"sections": []},
         {"sections": {}}, {"sections": {"samples": [0, 2**62, "a"], "chunks": [0, 1, "b"]}}, {"plan": None},
         {"more": 1},
     ],

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_hostile_pictures.py
 """
 
+import io
 import os
 import struct
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image
 
 from scripts import fuzz_corpus as corpus
 from tests.hostile import MIB, linux, peak_growth, refused
-from util.data.images import MAX_PIXELS, decode_image, decode_with_alpha, image_size
+from util.data.images import FORMATS, MAX_PIXELS, SUFFIXES, decode_image, decode_with_alpha, image_size
 from util.data.prepare import image_sizes
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -128,6 +129,42 @@ def test_strips_of_a_large_picture_join_without_a_seam(monkeypatch):
     for image, (picture, alpha) in zip((soft, deep), whole, strict=True):
         again, opacity = decode_with_alpha(corpus.encoded(image, "PNG"))
         assert np.array_equal(again, picture) and np.array_equal(opacity, alpha)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%Page: 1 1\nshowpage\n%%EOF\n"
+
+
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    """Before, Pillow ran Ghostscript on a y.png that holds an EPS."""
+    from PIL import EpsImagePlugin
+
+    stub = tmp_path / "bin/gs"
+    corpus.save(stub, f"#!/bin/sh\ntouch {tmp_path}/started\necho 10\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # that there is none may have been found before
+    corpus.save(tmp_path / "y.png", EPS)
+    refused(lambda: decode_image(tmp_path / "y.png"), "cannot identify")
+    refused(lambda: decode_image(EPS), "cannot identify")
+    refused(lambda: image_size(tmp_path / "y.png"), "cannot identify")
+    assert not (tmp_path / "started").exists()
+    with Image.open(tmp_path / "y.png") as picture, pytest.raises(OSError):
+        picture.load()
+    assert (tmp_path / "started").exists()  # the stub is one that would have been started
+
+
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "PCX", "SGI", "DDS", "IM"])
+def test_rare_formats_are_not_read(kind):
+    data = corpus.encoded(corpus.picture(0), kind)
+    assert Image.open(io.BytesIO(data)).size
+    refused(lambda: decode_image(data), "cannot identify")
+
+
+def test_the_formats_that_are_read_are_those_of_the_suffixes():
+    known = Image.registered_extensions()
+    assert {"JPEG" if known[suffix] == "MPO" else known[suffix] for suffix in SUFFIXES} == set(FORMATS) - {"PPM"}
+    for kind in (*FORMATS, "MPO"):
+        assert decode_image(corpus.encoded(corpus.picture(0), kind)).size == corpus.picture(0).size
 
 
 def test_numbers_that_are_none_in_a_float_tiff_become_black():

@@ -22,6 +22,7 @@ from scripts import fuzz_corpus as corpus
 from tests.hostile import MIB, linux, peak_growth, refused
 from util.benchmark.embedded import FACTS, embed_split, read_embeddings
 from util.data.manifest import MANIFEST_NAME, read_manifest
+from util.data.packed import ALIGNMENT, PACKED_SCHEMA, Header, PackedFile, checksum
 from util.data.pools import parquet_rows
 from util.run import untrusted
 from util.run.untrusted import read_arrays
@@ -141,6 +142,43 @@ def test_a_text_that_stands_in_every_row(tmp_path, monkeypatch):
     plain = pa.table({"file_name": ["y" * 50_000] * 100})
     pq.write_table(plain, tmp_path / MANIFEST_NAME, compression="zstd")
     refused(lambda: read_manifest(tmp_path), "unpacks to more")
+
+
+def write_pack(path: Path, samples: bytes) -> None:
+    """A packed file of no pixels whose section "samples" is this."""
+    at = {"samples": (ALIGNMENT, len(samples), checksum(samples).hex()), "chunks": (ALIGNMENT, 0, "")}
+    header = Header(0, 8, 4, ALIGNMENT + len(samples), {"labels": "auto"}, at)
+    path.write_bytes(header.to_bytes() + samples)
+
+
+@linux
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_packed_file_whose_table_unpacks_to_far_more_than_it_holds(codec, tmp_path):
+    """Before, these 300 MB were unpacked."""
+    text = pa.array(["x" * (100 * MIB)])
+    columns = [text if field.name in ("file_name", "style", "pose") else pa.array(["a"]).cast(field.type)
+               if field.type == pa.string() else pa.nulls(1, field.type) for field in PACKED_SCHEMA]  # fmt: skip
+    table, sink = pa.Table.from_arrays(columns, schema=PACKED_SCHEMA), pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, PACKED_SCHEMA, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_table(table)
+    write_pack(tmp_path / "a.pack", sink.getvalue().to_pybytes())
+    del table, columns, text, sink
+    assert (tmp_path / "a.pack").stat().st_size < 2 * MIB
+    assert peak_growth(lambda: refused(lambda: PackedFile(tmp_path / "a.pack"), "compressed")) < 16 * MIB
+
+
+def test_a_packed_file_of_other_columns(tmp_path):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, pa.schema({"a": pa.int8()})):
+        pass
+    for content in (sink.getvalue().to_pybytes(), b"", b"ARROW1\0\0", bytes(64)):
+        write_pack(tmp_path / "a.pack", content)
+        refused(lambda: PackedFile(tmp_path / "a.pack"), "damaged in section 'samples'")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, PACKED_SCHEMA):
+        pass
+    write_pack(tmp_path / "a.pack", sink.getvalue().to_pybytes())
+    assert len(PackedFile(tmp_path / "a.pack").table) == 0
 
 
 def edited(path: Path, old: bytes, new: bytes) -> None:

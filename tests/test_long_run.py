@@ -90,6 +90,29 @@ def test_too_short_is_one_line(script, capsys):
     assert "--steps 700 are not two epochs" in fails(script.main, capsys, ["--out", "x", "--steps", "700"])
 
 
+def test_a_line_that_was_cut_short_is_taken_away_before_the_next_one(script, tmp_path, monkeypatch):
+    """As one does who is killed while it writes."""
+    args = script.get_args(["--out", str(tmp_path), "--steps", "1000"])
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"segment": 0, "step": 500}\n{"segment": 0, "st')
+    monkeypatch.setattr(script, "command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(script, "epoch_ends", lambda child, *_: iter([1000 + child.wait()]))
+    monkeypatch.setattr(script, "reading", lambda pid, run, step, segment: {"segment": segment, "step": step})
+    script.watch(args, "data")
+    assert script.read_samples(path) == [{"segment": 0, "step": 500}, {"segment": 1, "step": 1000}]
+
+
+def test_a_second_watcher_is_refused(script, tmp_path, capsys):
+    hold = "import sys; from pathlib import Path; from util.run.files import only_writer\n"
+    hold += "with only_writer(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    options = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], **options) as holder:
+        holder.stdout.readline()
+        said = fails(script.main, capsys, ["--out", str(tmp_path), "--steps", "1000"])
+        holder.stdin.close()
+    assert f"--out {tmp_path} is in use by process {holder.pid} on " in said
+
+
 def test_it_is_stopped_and_goes_on(script, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--out", str(out), "--steps", "48", "--epoch_steps", "2", "--readings", "24", "--log_every", "2"]
@@ -106,7 +129,7 @@ def test_it_is_stopped_and_goes_on(script, tmp_path, capsys):
         script.main(argv)
     assert stop.value.code == 1  # so short a run is undecided about its memory
     result = results_of(out)
-    assert result["processes"] == 2 and result["verdicts"]["bad_images.jsonl"]["verdict"] == "flat"
+    assert result["processes"] == 2 and result["verdicts"]["bad_images.jsonl"]["gain"] == 0
     assert result["cpu_seconds"] > 0 and "| memory |" in capsys.readouterr().out
     steps = [sample["step"] for sample in script.read_samples(samples)]
     assert steps == sorted(set(steps)) and steps[-1] == 46

@@ -4,8 +4,10 @@ Run: python -m pytest tests/test_ranks.py
 """
 
 import json
+import os
+import shutil
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +24,12 @@ from util.data.augment import EvalCrop
 from util.data.labels import open_labelled
 from util.run.dist import World, join, leave, read_world
 from util.run.errors import UserError
+from util.run.files import only_writer
 from util.training.checkpoint import read_checkpoint
 from util.training.optim import decay_groups, make_optimizer
-from util.training.session import _one_start, session
+from util.training.session import session
 from util.training.sharded import own_part, put_back, shard, whole_state
-from util.transfer import features
+from util.transfer import features, recipe
 from util.transfer.recipe import Validation
 
 STEP = 12  # images of a step, whoever sees them
@@ -130,12 +133,82 @@ def test_another_number_of_images_per_step_is_refused(data, tmp_path):
     assert f"a run with {STEP} images per step, now there are {3 * STEP}" in said[0]
 
 
-def test_machines_that_share_no_folder_are_refused():
-    found = Path("run") / "checkpoint-last.pth"
-    world = SimpleNamespace(rank=0, gather_objects=lambda own: [own, None])
-    with pytest.raises(UserError, match=r"process 1 from nothing: give an --output_dir that all machines share"):
-        _one_start(world, found)
-    assert _one_start(World(), found) == found and _one_start(World(), None) is None
+# what ends a run on all processes, in the same line
+
+
+def _refused(script: str, argv: list[str], places: str = "") -> None:
+    """In each process: a script is to end with status 2. places: a folder with a working directory for each."""
+    if places:
+        os.chdir(Path(places) / os.environ["RANK"])
+    with pytest.raises(SystemExit) as stop:
+        MAINS[script](argv)
+    assert stop.value.code == 2
+
+
+def refusal(*arguments, function: str = "_refused") -> str:
+    """The one line with which each of two processes ends."""
+    said = run_ranks(2, f"tests.test_ranks:{function}", *arguments)
+    assert "Traceback" not in "".join(said)
+    lines = [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
+    assert lines[0] == lines[1] and len(lines[0]) == 1, said
+    return lines[0][0]
+
+
+@pytest.mark.parametrize("resumed", ["fresh", "resumed on one", "resumed on both", "locked on both"])
+def test_machines_that_share_no_folder_are_refused(data, alone, tmp_path, resumed):
+    for rank, place in enumerate((tmp_path / "0", tmp_path / "1")):
+        place.mkdir()
+        if resumed == "resumed on both" or (resumed == "resumed on one" and rank == 0):
+            shutil.copytree(alone("pretrain"), place / "run")
+        if resumed == "locked on both":  # by a run that was killed
+            (place / "run").mkdir()
+            (place / "run" / ".lock").write_text("process 1 on elsewhere")
+    said = refusal("pretrain", command(data, "pretrain", Path("run"), 2, "--resume", "auto"), str(tmp_path))
+    assert "process 1 does not see the folder run" in said and "--output_dir that all machines share" in said
+
+
+def test_a_folder_in_use_is_refused_by_all(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    with only_writer(tmp_path / "run"):
+        said = refusal("pretrain", command(data, "pretrain", tmp_path / "run", 2))
+    assert f"is in use by process {os.getpid()} on " in said
+
+
+def test_a_folder_that_cannot_be_made_is_refused_by_all(data, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refusal("pretrain", command(data, "pretrain", tmp_path / "file" / "run", 2))
+
+
+def _scored_as_if_none_could_be_read(argv: list[str]) -> None:
+    score = recipe.score
+    recipe.score = lambda logits, labels: score(logits[:0], labels[:0])
+    try:
+        _refused("finetune", argv)
+    finally:
+        recipe.score = score
+
+
+def test_held_out_images_of_which_none_can_be_read_are_refused_by_all(data, tmp_path):
+    said = refusal(command(data, "finetune", tmp_path / "run", 2), function="_scored_as_if_none_could_be_read")
+    assert "none of the held-out images can be read" in said
+
+
+def _count_checks(argv: list[str], out: str) -> None:
+    """In each process: how often a run compares the checksums of a checkpoint."""
+    judge, judged = zipfile.ZipFile.testzip, []
+    zipfile.ZipFile.testzip = lambda archive: judged.append(1) or judge(archive)
+    try:
+        main_pretrain.main(argv)
+    finally:
+        zipfile.ZipFile.testzip = judge
+    Path(f"{out}.{os.environ['RANK']}").write_text(str(len(judged)))
+
+
+def test_a_checkpoint_is_judged_once(data, tmp_path):
+    MAINS["pretrain"](command(data, "pretrain", tmp_path / "run", 1, "--max_steps", 2))
+    argv = command(data, "pretrain", tmp_path / "run", 2, "--resume", "auto", "--batch_size", "auto")
+    run_ranks(2, "tests.test_ranks:_count_checks", argv, str(tmp_path / "out"))
+    assert [(tmp_path / f"out.{rank}").read_text() for rank in range(2)] == ["1", "0"]
 
 
 # evaluation

@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from util.data import batches, manifest, pack_journal
+from util.data import batches, manifest
 from util.data.batches import StepSampler
 from util.data.manifest import SCHEMA, cells, one_array, read_manifest, to_table, write_manifest
 from util.data.pack import main as pack
 from util.data.pack_journal import Journal
 from util.data.packed import SAMPLES, PackedFile, PackedSource
 from util.data.sources import open_source
+from util.run import files
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.log import RunFolder
@@ -215,7 +216,7 @@ def test_a_journal_takes_no_memory_for_a_row(tmp_path):
 
 @pytest.mark.parametrize("tail", [1, 7, 2**20])
 def test_a_line_cut_short_is_found_however_long(tmp_path, monkeypatch, tail):
-    monkeypatch.setattr(pack_journal, "_TAIL_BYTES", tail)
+    monkeypatch.setattr(files, "_TAIL_BYTES", tail)
     path = tmp_path / "p.part.jsonl"
     with Journal(tmp_path / "p", PLAN, 0, False) as journal:
         journal.add(facts(0))
@@ -247,7 +248,7 @@ def test_a_packed_table_is_the_same_in_slices(make_images, tmp_path, monkeypatch
     assert not list(filter(None, pieces.damage()))
 
 
-def test_a_packed_file_whose_text_is_in_pieces_reads_the_same(make_images, tmp_path):
+def test_a_packed_file_whose_text_is_in_pieces_reads_the_same(make_images, tmp_path, monkeypatch):
     out = tmp_path / "p"
     folder = make_images(tmp_path / "data", 12)
     (folder / "007.png").write_bytes(b"no picture")
@@ -260,6 +261,10 @@ def test_a_packed_file_whose_text_is_in_pieces_reads_the_same(make_images, tmp_p
         assert whole.fingerprint == parted.fingerprint and whole._bad == parted._bad == {7: whole._bad[7]}
         assert [dict(whole.record(i)) for i in range(len(whole))] == [dict(parted.record(i)) for i in range(len(whole))]
         assert whole.array("file_name").equals(parted.array("file_name"))
+    monkeypatch.setattr(manifest, "LONGEST_TEXT", 30)
+    limited = PackedSource("p", pieces, rows)
+    assert limited.array("file_name").type == pa.large_string() and limited.column("file_name") == whole.column("file_name")
+    assert limited.array("box").equals(whole.array("box"))
     described = f"{file.fingerprint} True".encode() + rows.astype("<i8").tobytes()
     assert parted.fingerprint == hashlib.blake2b(described, digest_size=8).hexdigest()
 

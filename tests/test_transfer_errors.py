@@ -9,6 +9,7 @@ import main_finetune
 import main_linprobe
 import main_lora
 from models_mae import build_mae
+from models_transfer import load_transferred
 from tests import helpers
 from tests.helpers import IDENTITIES, make_identities, results_of, transfer_flags
 from util.training.checkpoint import read_checkpoint, save_checkpoint
@@ -121,3 +122,16 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(people, tmp_path, capsys
     assert "is not finite at step" in fails["finetune"](capsys, argv("--resume", "auto", "--lr", 1e30))
     assert (tmp_path / "checkpoint-last.pth").read_bytes() == good
     assert read_checkpoint(tmp_path / "checkpoint-last.pth")["progress"]["global_step"] == 1
+
+
+def test_a_device_without_room_is_not_told_as_a_damaged_checkpoint(people, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    MAINS["finetune"](transfer_flags(people, tmp_path, "--max_steps", 1))
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.nn.Module, "to", full)
+        load_transferred(tmp_path / "checkpoint-last.pth")
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        MAINS["finetune"](transfer_flags(people, tmp_path, "--resume", "auto"))

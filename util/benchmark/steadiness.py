@@ -15,19 +15,23 @@ from util.run.seed import rng_for
 FLAT, GROWS, UNDECIDED = "flat", "grows", "undecided"
 EQUAL, SLOWER, FASTER = "equal", "slower", "faster"
 _REPLICATES = 2000
+LEAST_READINGS, LEAST_FREEDOM = 100, 10  # with fewer, the interval is too narrow to decide by
 
 
 class Trend(NamedTuple):
-    """slope: per step. low, high: ends of its 95 % interval. level: mean of the readings."""
+    """slope: per step. low, high: ends of its 95 % interval, of so many degrees of `freedom`. level: mean."""
 
     slope: float
     low: float
     high: float
     level: float
+    freedom: float
 
 
 def trend(steps: Sequence[float], values: Sequence[float], segments: Sequence[int]) -> Trend:
     """The slope of readings (N,) at `steps` (N,), ascending, of processes `segments` (N,). ValueError for too few."""
+    from scipy.stats import t as student
+
     x, y, segments = np.asarray(steps, float), np.asarray(values, float), np.asarray(segments)
     level, parts = float(y.mean()) if len(y) else 0.0, []
     for segment in np.unique(segments):
@@ -44,8 +48,8 @@ def trend(steps: Sequence[float], values: Sequence[float], segments: Sequence[in
     inflation = (1 + correlation) / (1 - correlation)
     freedom = max(1.0, len(x) / inflation - len(parts) - 1)
     error = np.sqrt(squares / (len(x) - len(parts) - 1) / spread * inflation)
-    half = (1.96 + 2.4 / freedom) * error  # Student's quantile, to 2 % from five degrees of freedom on
-    return Trend(slope, slope - half, slope + half, level)
+    half = float(student.ppf(0.975, freedom)) * error
+    return Trend(slope, slope - half, slope + half, level, freedom)
 
 
 def judge_growth(
@@ -54,11 +58,14 @@ def judge_growth(
     """What `values` gain over so many steps, with its interval, against `bound`, and a verdict.
 
     "flat": even the upper end is below the bound. "grows": even the lower end is above it. "undecided": neither, the
-    run is too short or too noisy to say. Arrays as in `trend`.
+    run is too short (fewer than 100 readings, or 10 effective degrees of freedom) or too noisy to say.
+    Arrays as in `trend`.
     """
     found = trend(steps, values, segments)
     gain = [over * found.slope, over * found.low, over * found.high]
-    verdict = FLAT if gain[2] < bound else GROWS if gain[1] > bound else UNDECIDED
+    verdict = UNDECIDED
+    if len(steps) >= LEAST_READINGS and found.freedom >= LEAST_FREEDOM:
+        verdict = FLAT if gain[2] < bound else GROWS if gain[1] > bound else UNDECIDED
     return {
         "level": found.level,
         "per_step": found.slope,

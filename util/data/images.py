@@ -18,6 +18,9 @@ MAX_PIXELS = 100_000_000
 _COSTLY = {"WEBP": 40_000_000, "AVIF": 40_000_000, "JPEG2000": 40_000_000}
 _STRIP = 1 << 20  # pixels that are converted at a time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
+# all that is decoded, whatever a file is called: those of the suffixes, and grey maps of 16 bits as scanners write
+# them. Of the others that Pillow knows one starts Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 say how the stored rows lie in the upright picture
 _UPRIGHT = {
@@ -49,7 +52,7 @@ def decode_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Im
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled, not clipped; CMYK is
     converted; of an animation the first frame is taken. Raises BadImage where the data are empty, truncated or
-    not a picture, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
+    not a picture of one of FORMATS, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
     """
     return _decode(source, max_pixels)[0]
 
@@ -75,7 +78,8 @@ def _decode(source: Path | str | bytes, max_pixels: int) -> tuple[Image.Image, I
             raise BadImage(name, "the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF and palettes; what matters is raised
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
                 most = min(max_pixels, _COSTLY.get(image.format, max_pixels))
                 if image.width * image.height > most:
                     raise BadImage(name, f"{image.width} x {image.height} pixels, more than {most}")
@@ -99,7 +103,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
             raise BadImage(path, "it is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return image.size
     except (FileNotFoundError, BadImage):
         raise

@@ -164,11 +164,14 @@ def cells(column: pa.Array | pa.ChunkedArray) -> Iterator:
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array, not copied where it is one already; of text beyond 2 GiB one with 64-bit offsets."""
-    if column.num_chunks > 1 and pa.types.is_string(column.type):
-        text = pc.sum(pc.binary_length(column)).as_py() or 0
-        if text > LONGEST_TEXT:
-            column = column.cast(pa.large_string())
-    return column.combine_chunks()
+    return (wide(column) if column.num_chunks > 1 else column).combine_chunks()
+
+
+def wide(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column; of text beyond 2 GiB with 64-bit offsets, so that its pieces can be put together."""
+    if pa.types.is_string(column.type) and (pc.sum(pc.binary_length(column)).as_py() or 0) > LONGEST_TEXT:
+        return column.cast(pa.large_string())
+    return column
 
 
 def to_table(rows: Iterable[Mapping], path: Path | None = None) -> pa.Table:

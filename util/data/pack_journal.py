@@ -5,7 +5,6 @@ rows that is on the disk.
 """
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -21,11 +20,10 @@ from util.data.images import BadImage
 from util.data.packed import checksum
 from util.data.sources import Source
 from util.run.errors import UserError
-from util.run.files import write_text
+from util.run.files import HELD, cut_to_whole_lines, holder_of, in_use, is_at, lock, try_lock, write_text
 from util.run.log import progress
 
 CHUNK = 64  # rows that share a checksum and are written together
-_TAIL_BYTES = 1 << 20  # of the journal, in which the end of its last whole line is looked for
 _WORDS = {
     "finder_files": "the files of the finder",
     "samples": "the number of samples",
@@ -65,14 +63,12 @@ class Journal:
     def __enter__(self) -> "Journal":
         self._file = open(self.path, "a+b")
         try:
-            # of this process alone: workers that outlive it for a moment do not hold it
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._file):
+                holder = f"another {self.work} ({holder_of(self._file)})"
+                raise in_use(str(self.path), holder, self.path, "give another --out")
+            if not is_at(self._file, self.path):
+                raise UserError(f"{self.out}: another {self.work} has just ended: give the same command again")
             self._start()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"{self.path} is in use by another {self.work}: wait for it, or give another --out"
-            ) from None
         except BaseException:
             self._file.close()
             raise
@@ -82,7 +78,7 @@ class Journal:
         self._file.close()
 
     def _start(self) -> None:
-        self._cut_to_whole_lines()
+        cut_to_whole_lines(self._file)
         first = self._file.readline()
         changed = difference(json.loads(first), self.plan) if first else None
         if changed and not self.overwrite:
@@ -101,18 +97,6 @@ class Journal:
         while line := self._file.readline():
             self._note(json.loads(line), place)
             place += len(line)
-
-    def _cut_to_whole_lines(self) -> None:
-        """Take away a last line that was cut short by a crash, and go to the beginning."""
-        end, tail = self._file.seek(0, os.SEEK_END), b""
-        while end > 0 and b"\n" not in tail:
-            start = max(0, end - _TAIL_BYTES)
-            self._file.seek(start)
-            end, tail = start, self._file.read(end - start)
-        whole = end + tail.rfind(b"\n") + 1
-        if whole != self._file.seek(0, os.SEEK_END):
-            self._file.truncate(whole)
-        self._file.seek(0)
 
     def add(self, done: dict) -> None:
         """Note a chunk: {"chunk": number, "checksum": hex, "rows": [...]}, a row that is a str says what is wrong."""
@@ -151,8 +135,7 @@ class Journal:
         """Remove the journal of a packing that was killed when its file had just got its name."""
         path, part = out.with_name(f"{out.name}.part.jsonl"), out.with_name(f"{out.name}.part")
         with suppress(OSError), open(path, "rb+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody is packing anew
-            if not part.exists():
+            if try_lock(file) == HELD and not part.exists():  # else somebody is packing anew
                 path.unlink()
 
     def discard(self) -> None:

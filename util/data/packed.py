@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ import torch
 from PIL import Image
 
 from util.data.images import BadImage
-from util.data.manifest import COLUMNS, SCHEMA, one_array
+from util.data.manifest import COLUMNS, SCHEMA, one_array, wide
 from util.run.device import free_memory_bytes
 from util.run.errors import UserError
 from util.run.untrusted import parse_json
 
 ALIGNMENT = 65_536
+LARGEST_CANVAS = 1 << 15  # px on a side
 MAP_CELLS = 32  # cells of a semantic map on a side
 SAMPLES, CHUNKS = "samples", "chunks"  # names of sections
 # What is stored of a sample beside the manifest: the name whose hash decides between train and val; why it has no
@@ -44,6 +46,7 @@ PACKED_SCHEMA = pa.schema(
 )
 MAGIC = b"AniMask packed\n\x00"
 _DIGEST_BYTES = 16
+_IPC_MAGIC = b"ARROW1\0\0"
 _JSON_AT = len(MAGIC) + 8 + _DIGEST_BYTES
 
 
@@ -123,7 +126,9 @@ class Header:
             numbers += [offset, length]
             if not isinstance(digest, str):
                 return False
-        if not all(type(number) is int and number >= 0 for number in numbers) or not self.canvas or not self.chunk:
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            return False
+        if not (0 < self.canvas <= LARGEST_CANVAS and self.chunk):
             return False
         ends = [offset + length for offset, length, _ in self.sections.values()]
         maps = [length for name, (_, length, _) in self.sections.items() if name.startswith("maps/")]
@@ -158,12 +163,12 @@ class PackedFile:
 
     def _samples(self, checked: bool) -> pa.Table:
         try:
-            table = pa.ipc.open_file(self.section(SAMPLES)).read_all()
-            if table.num_rows != self.header.samples or not table.schema.equals(PACKED_SCHEMA):
+            table = pa.Table.from_batches(_batches(self.section(SAMPLES)), PACKED_SCHEMA)
+            if table.num_rows != self.header.samples:
                 raise ValueError("they are others than its header says")
             if not checked:  # offsets that lead outside the file would end the process when a cell is read
                 table.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise UserError(f"{self.path} is damaged in section 'samples' ({error}): copy or pack it again") from error
         return table
 
@@ -202,6 +207,36 @@ class PackedFile:
 
     def _is_whole(self, name: str) -> bool:
         return checksum(self.section(name)).hex() == self.header.sections[name][2]
+
+
+def _batches(section: pa.Buffer) -> Iterator[pa.RecordBatch]:
+    """The parts of an Arrow IPC file of PACKED_SCHEMA, where they lie: nothing in it is unpacked, or takes memory.
+
+    Raises ValueError where it is of another schema, or compressed, as no packed file is.
+    """
+    messages = iter(pa.ipc.MessageReader.open_stream(section.slice(len(_IPC_MAGIC))))  # a stream, then a footer
+    schema = pa.ipc.read_schema(next(messages, pa.py_buffer(b"")))
+    if bytes(section[: len(_IPC_MAGIC)]) != _IPC_MAGIC or not schema.equals(PACKED_SCHEMA):
+        raise ValueError("they are of other columns")
+    for message in messages:
+        if message.type != "record batch" or _is_compressed(bytes(message.metadata)):
+            raise ValueError("they are compressed")
+        yield pa.ipc.read_record_batch(message, schema)
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a message of a record batch, a FlatBuffer that Arrow has checked, says that its body is compressed."""
+
+    def place(table: int, field: int) -> int:
+        """Where a field of a table lies; 0 where the table does without."""
+        fields = table - struct.unpack_from("<i", metadata, table)[0]
+        length, at = struct.unpack_from("<H", metadata, fields)[0], 4 + 2 * field
+        offset = struct.unpack_from("<H", metadata, fields + at)[0] if at < length else 0
+        return offset and table + offset
+
+    header = place(struct.unpack_from("<I", metadata)[0], 2)  # of Message: version, header type, header
+    batch = header + struct.unpack_from("<I", metadata, header)[0]
+    return place(batch, 3) != 0  # of RecordBatch: length, nodes, buffers, compression
 
 
 class Row(Mapping):
@@ -260,8 +295,11 @@ class PackedSource:
 
     def array(self, name: str) -> pa.Array:
         """The same as an Arrow array."""
-        taken = self._columns[name].take(pa.array(self.rows))
-        return one_array(taken) if isinstance(taken, pa.ChunkedArray) else taken
+        column = self._columns[name]
+        if isinstance(column, pa.Array):
+            return column.take(pa.array(self.rows))
+        # to take from pieces Arrow puts them together first, which text beyond 2 GiB does not fit
+        return one_array(wide(column).take(pa.array(self.rows)))
 
     def stamp(self) -> str:
         """The fingerprint: the checksums of the pixels are in it."""

@@ -1,24 +1,28 @@
 """When a job is killed: at a moment, at a change to a file of some kind, or shortly after one."""
 
+import ctypes
 import os
 import re
 import select
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from util.faults.forked import fork, run_script, tell_changes
+from util.run.process_tree import descendants, has_ended
 from util.run.seed import rng_for
 
 WAYS = ("moment", "at", "after")
 _DEAR, _OFTEN = ("checkpoint", "pack", "embeddings", "maps", "data set"), 4
 _LATEST_S = 0.02  # after a change to a file
 _POLL_S = 0.005
+_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 # what a file is, by its name; the first that fits
 _KINDS = (
     ("checkpoint", r"\.pth"),
@@ -50,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class End:
-    """How a process ended. pid: of it, and of its session. status: its exit status, negative for a signal.
+    """How a process ended. status: its exit status, negative for a signal.
 
     seconds: on the CPU, with the children that it has waited for. changes: the names of the files that it changed, in
     order.
@@ -160,26 +164,37 @@ def cpu_seconds(pid: int) -> float:
         return 0.0
 
 
-def left_behind(sessions: Sequence[int], patience_s: float) -> list[int]:
-    """Processes of the sessions that are still alive after so many seconds."""
+@contextmanager
+def orphans() -> Iterator[None]:
+    """Let this process inherit the processes that killed ones leave, in whatever session (Linux)."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        prctl(_CHILD_SUBREAPER, 0)
+
+
+def left_behind(before: Collection[int], patience_s: float) -> list[int]:
+    """Descendants of this process, but for those of `before`, that are still alive after so many seconds.
+
+    Orphans that have ended are collected; nothing that anybody waits for may run meanwhile.
+    """
     end = time.monotonic() + patience_s
-    while alive := _members(set(sessions)):
+    while alive := _living(before):
         if time.monotonic() > end:
             break
         time.sleep(0.2)
     return alive
 
 
-def _members(sessions: set[int]) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z" and int(fields[3]) in sessions:
-            found.append(int(entry.name))
-    return found
+def _living(before: Collection[int]) -> list[int]:
+    new = [pid for pid in descendants(os.getpid()) if pid not in before]
+    ended = set(filter(has_ended, new))
+    for pid in ended:
+        with suppress(ChildProcessError):  # another one's child
+            os.waitpid(pid, os.WNOHANG)
+    return [pid for pid in new if pid not in ended]
 
 
 def as_json(plan: Plan, end: End) -> dict:

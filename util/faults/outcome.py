@@ -1,4 +1,4 @@
-"""What a job leaves, without what must differ from run to run: wall time, dates, memory, the commit."""
+"""What a job leaves, without what must differ from run to run: wall time, dates, memory, processes, the commit."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from util.faults.readable import files_of
 # keys of results and arrays, at any depth; how large a batch and how often it is timed depends on how long it takes
 _WALL = re.compile(
     r"(.*_)?seconds(_.*)?|.*per_s|.*_ms(_.*)?|date|peak(_.*)?|git_commit|stamps?|memory|speedup.*"
-    r"|(latency|batch)_repeats|batch"
+    r"|(latency|batch)_repeats|batch|process"
 )
 _EVENTS = "events.out.tfevents.*"  # every start begins another one
 

@@ -53,5 +53,9 @@ def outside_cause(error: Exception) -> str | None:
 
 
 def _is_killed_worker(error: BaseException) -> bool:
-    """PyTorch raises it wherever the main process just is, so that other errors may follow from it."""
-    return isinstance(error, BrokenExecutor) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+    """PyTorch raises it wherever the main process just is, so that other errors may follow from it.
+
+    An error that a worker itself has raised is none: "Caught RuntimeError in DataLoader worker process 0".
+    """
+    notice = isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error))
+    return bool(notice) or isinstance(error, BrokenExecutor)

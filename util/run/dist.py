@@ -1,6 +1,7 @@
 """Several processes under torchrun; a single process needs nothing of it and pays nothing."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,22 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, work: Callable[[], object]):
+        """What the main process's work returns, on every process; the others wait for it.
+
+        A UserError of it is raised on all: one process alone would leave the others to a broken connection.
+        """
+        value = refusal = None
+        if self.is_main:
+            try:
+                value = work()
+            except UserError as error:
+                refusal = error
+        value, message = self.gather_objects((value, refusal and str(refusal)))[0]
+        if message is not None:
+            raise refusal or UserError(message)
+        return value
 
     def rows(self, count: int) -> list[int]:
         """This process's share of the rows 0, 1, ... of `count`: every size-th one.

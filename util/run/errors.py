@@ -34,7 +34,7 @@ def cli(main):
             # one that was raised in a data worker arrives with the worker's traceback before it
             _leave(str(error).rsplit("UserError: ", 1)[-1])
         except KeyboardInterrupt:
-            _leave("interrupted: what was finished is kept, and the same command goes on", 128 + signal.SIGINT)
+            _leave("interrupted", 128 + signal.SIGINT)
         except Exception as error:
             message = outside_cause(error)
             if message is None:

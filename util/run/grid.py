@@ -26,6 +26,7 @@ from tqdm import tqdm  # not util.run.log's bar: it comes with torch, half a GB 
 from util.run import grid_report as report
 from util.run.args import Parser, count, count0
 from util.run.errors import UserError, cli
+from util.run.files import LOCK_PATIENCE_S
 from util.run.grid_run import Job, Run
 
 OWN_FLAGS = ("output_dir", "resume")  # what the grid itself gives to every run
@@ -130,8 +131,8 @@ def run_all(
     """
     for run in runs:
         run.check()
-        if run.is_running():
-            raise UserError(f"{run.folder} is in use by a run that still goes on: wait for it or stop it")
+        if run.is_running(LOCK_PATIENCE_S):
+            raise run.in_use()
     waiting = [run for run in runs if run.state() != "done"]
     slots, active, failures = list(range(jobs)), [], Counter()
     with _Signals() as signals, closing(display or Display(len(runs), len(runs) - len(waiting))) as display:

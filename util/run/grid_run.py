@@ -1,6 +1,5 @@
 """One run of a grid: its folder, its command, its process."""
 
-import fcntl
 import json
 import os
 import re
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.run.errors import UserError
-from util.run.files import is_temporary, write_text
+from util.run.files import BUSY, in_use, is_temporary, lock, name_process, try_lock, write_text
 
-LOCK_PATIENCE_S = 3.0  # the data workers of a run that failed may outlive it for a moment
 USER_ERROR = 2  # the exit status of a run that would fail again in the same way
 
 
@@ -67,9 +65,10 @@ class Run:
         """What the last attempt failed of, in one line."""
         return (self._record() or {}).get("error")
 
-    def write_record(self, error: str | None = None) -> None:
-        """Note in command.json what this folder is for, and what the last attempt failed of."""
+    def write_record(self, error: str | None = None, process: str | None = None) -> None:
+        """Note in command.json what this folder is for, what the last attempt failed of, and who is at work."""
         record = {"name": self.name, "settings": self.settings, "command": self.command, "error": error}
+        record |= {"process": process} if process else {}
         write_text(self.folder / "command.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def check(self) -> None:
@@ -92,12 +91,17 @@ class Run:
         began = path == self.output and not path.stat().st_size
         return path.is_file() and not began and not is_temporary(path)
 
-    def is_running(self) -> bool:
-        """Whether a process is at work in the folder, of this grid, another one, or one that was killed."""
+    def is_running(self, patience_s: float = 0.0) -> bool:
+        """Whether a process is at work in the folder for so many seconds yet: of this grid, or of another one."""
         if not self.output.exists():
             return False
         with open(self.output, "rb") as file:
-            return not _lock(file)
+            return try_lock(file, patience_s=patience_s, inherited=True) == BUSY
+
+    def in_use(self) -> UserError:
+        """What to say where a process is at work in the folder."""
+        holder = (self._record() or {}).get("process", "another process")
+        return in_use(str(self.folder), holder, self.output, "choose another --out")
 
     def _record(self) -> dict | None:
         record = _read_json(self.folder / "command.json")
@@ -135,8 +139,8 @@ class Job:
             run.folder.mkdir(parents=True, exist_ok=True)
             with open(run.output, "ab") as output:
                 self.start = output.tell()
-                if not _lock(output, LOCK_PATIENCE_S):
-                    self.note = f"{run.folder} is in use by another process"
+                if not lock(output, inherited=True):  # data workers of a run that failed may outlive it for a moment
+                    self.note = str(run.in_use())
                     return
                 run.write_record()
                 # a session of its own: Ctrl-C reaches it through this process alone, once
@@ -144,6 +148,7 @@ class Job:
                     run.argv(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                     env=environment, start_new_session=True,
                 )  # fmt: skip
+            run.write_record(process=name_process(self.process.pid))
         except OSError as error:
             self.note = f"cannot be started: {error.strerror}: {error.filename}"
 
@@ -191,18 +196,3 @@ def error_line(lines: list[str], status: int) -> str:
         return "ended without an error, but results.json does not say that it is finished"
     telling = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (telling or lines or [f"exit status {status}, and no word about it"])[-1]
-
-
-def _lock(file, patience_s: float = 0.0) -> bool:
-    """Lock an open file, for every process that inherits it; False if another one has it."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return True

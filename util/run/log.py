@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -37,12 +38,13 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def _epoch_of(line: str) -> float:
-    """The epoch of a line of log.txt; infinite where it is not whole."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects in a file with one on each line; without the lines that a crash or a power cut left in pieces."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def provenance(args: dict, device: torch.device, data_fingerprint: str | None = None) -> dict:
@@ -128,9 +130,8 @@ class RunFolder:
         log = self.path / "log.txt"
         if log.exists():
             # a last line that a crash cut short is of an epoch that will run again
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _epoch_of(line) < first_epoch]
-            write_text(log, "".join(line + "\n" for line in kept))
+            kept = [entry for entry in read_json_lines(log) if entry.get("epoch", math.inf) < first_epoch]
+            write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         threading.excepthook = _thread_failed

@@ -62,6 +62,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is no more, or has only not been waited for yet."""
+    try:
+        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def memory(pid: int) -> dict[str, int]:
     """The sums of /proc/PID/smaps_rollup, bytes: "Rss", "Pss_Anon", "Private_Clean", "Private_Dirty", ..."""
     text = (_PROC / str(pid) / "smaps_rollup").read_text()

@@ -63,7 +63,7 @@ def _keep_batch(args: argparse.Namespace, here: Session) -> bool:
     """Take the batch that the run to be resumed has; shared out anew if there are other processes now."""
     if not here.resume_from:
         return False
-    progress = read_checkpoint(here.resume_from).get("progress")
+    progress = read_checkpoint(here.resume_from, judged=True).get("progress")
     if progress is None:
         return False  # `restore` has a word on that
     batch, rest = divmod(progress["step_images"], args.accum_iter * here.world.size)

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -66,13 +67,32 @@ def damage(path: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint; None where nothing is, or nothing is known.
 
     torch.save stores a CRC-32 of every tensor, but torch.load does not look at it and returns wrong weights. Files of
-    torch before 1.6, and those written without checksums, cannot be judged.
+    torch before 1.6, and those written without checksums, cannot be judged. UserError where it cannot be opened.
     """
-    if not _is_archive(path):
-        return None
+    with _open(path) as file:
+        return _damage(file) if _is_archive(file) else None
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        with zipfile.ZipFile(path) as stored:
-            if sum(entry.file_size for entry in stored.infolist()) > path.stat().st_size:
+        if not path.is_file():
+            raise UserError(f"checkpoint {path} does not exist: check the path")
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): let it be read, or name another file") from error
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    """Whether a file begins as those of torch.save do since torch 1.6."""
+    begins = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    return begins
+
+
+def _damage(file: BinaryIO) -> str | None:
+    try:
+        with zipfile.ZipFile(file) as stored:
+            if sum(entry.file_size for entry in stored.infolist()) > os.fstat(file.fileno()).st_size:
                 return "it unpacks to more than it holds, and torch.save packs nothing"
             unchecked = not any(entry.CRC for entry in stored.infolist())
             wrong = None if unchecked else stored.testzip()
@@ -81,53 +101,68 @@ def damage(path: Path) -> str | None:
     return wrong and f"{wrong} differs from its checksum"
 
 
-def _is_archive(path: Path) -> bool:
-    """Whether a file begins as those of torch.save do since torch 1.6."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def checkpoint_to_resume(run: RunFolder, resume: str) -> Path | None:
     """The checkpoint that --resume means: none, a file, or with "auto" the folder's last one that is whole, if any.
 
-    Says so where that is not the last. UserError where none is whole, and where a new run would write over an old one:
-    nothing is lost by accident.
+    Says so where that is not the last, and sets a damaged last one aside. UserError where none is whole, and where a
+    new run would write over an old one: nothing is lost by accident.
     """
     there = [path for path in (run.last, run.previous) if path.exists()]
-    if resume and resume != "auto":
-        return Path(resume)
     if there and not resume:
         raise UserError(f"{run.path} holds a run already: go on with --resume auto, or choose another --output_dir")
+    if not resume or (resume == "auto" and not there):
+        return None
+    if resume == "auto":
+        chosen = _first_whole(run, there)
+    else:
+        chosen = Path(resume)
+        _refuse_damaged(chosen)
+    if run.last in there and not chosen.samefile(run.last):
+        _set_aside_damaged(run)
+    return chosen
+
+
+def _first_whole(run: RunFolder, there: list[Path]) -> Path:
     for path in there:
-        reason = damage(path) if _is_archive(path) else "cut short or damaged"
+        reason = _harm(path)
         if reason is None:
+            if path == run.previous and run.last in there:
+                run.say(f"going on from the checkpoint before it, {path}")
             return path
         run.say(f"warning: {path} cannot be used ({reason})")
-    if there:
-        raise UserError(f"no checkpoint in {run.path} is whole: restore one, or remove them to begin anew")
-    return None
+    raise UserError(f"no checkpoint in {run.path} is whole: restore one, or remove them to begin anew")
 
 
-def set_aside_damaged(run: RunFolder, resume_from: Path | None) -> None:
-    """Where a run goes on from its previous checkpoint, no later save may take the damaged last one for that."""
-    if resume_from == run.previous and run.last.exists():
+def _harm(path: Path) -> str | None:
+    """The damage of a checkpoint of our own, which is an archive or cut short."""
+    with _open(path) as file:
+        return _damage(file) if _is_archive(file) else "cut short or damaged"
+
+
+def _set_aside_damaged(run: RunFolder) -> None:
+    """Where a run goes on from another checkpoint, its next save may not take a damaged last one for the previous."""
+    if _harm(run.last):
         os.replace(run.last, run.damaged)
-        run.say(f"going on from the checkpoint before it, {run.previous}; the damaged one is now {run.damaged}")
+        run.say(f"the damaged {run.last} is now {run.damaged}")
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint without running any code it may carry.
-
-    The one class allowed besides plain types is argparse.Namespace, which the official code stores.
-    UserError for a missing file, a damaged one, and one that carries code.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check the path")
+def _refuse_damaged(path: Path) -> None:
     if reason := damage(path):
         raise UserError(f"{path} is damaged ({reason}): restore it, or name another file")
+
+
+def read_checkpoint(path: Path, *, judged: bool = False) -> dict:
+    """Read a checkpoint without running any code it may carry.
+
+    judged: its checksums have been compared already. The one class allowed besides plain types is argparse.Namespace,
+    which the official code stores. UserError for a missing file, a damaged one, and one that carries code.
+    """
+    if not judged:
+        _refuse_damaged(path)
+    file = _open(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on a file of another kind torch fails in any way at all, IndexError included
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -177,11 +212,12 @@ def restore(
 ) -> Progress:
     """Put a run back to where its checkpoint stands, and say which flags have changed since.
 
+    path: from `checkpoint_to_resume`, whose judgement is not repeated.
     loader: util.data.loader.TrainLoader or StreamLoader; its images per optimizer step must be what they were, and
     inside an epoch its data too. saved, notes: as in util.training.loop.Setup; the notes must be what they were.
     UserError otherwise, and for a checkpoint of another model or without an optimizer.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, judged=True)
     if not isinstance(checkpoint, dict) or not {"model", "optimizer", "progress", "args"} <= checkpoint.keys():
         raise UserError(f"{path} holds weights but no run to go on with: start from it with --init")
     for name, value in (notes or {}).items():
@@ -192,6 +228,8 @@ def restore(
         others = select(model.state_dict(), lambda name: saved is not None and not saved(name))
         model.load_state_dict({**others, **checkpoint["model"]})
         optimizer.load_state_dict(checkpoint["optimizer"])
+    except torch.OutOfMemoryError:  # of the device: nothing is wrong with the file
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"{path} is of another model ({reason}): resume with the flags it was made with") from error

@@ -10,7 +10,7 @@ from util.run.device import heeds_found_inf
 from util.run.dist import World
 from util.run.errors import UserError
 from util.run.files import write_text
-from util.run.log import RunFolder
+from util.run.log import RunFolder, read_json_lines
 
 _PATIENCE_S = 5.0
 _SMALLEST_SCALE = 1e-4  # of an fp16 gradient scaler; below it every step overflows
@@ -71,8 +71,7 @@ class BadImages:
         self.fresh: dict[int, dict] = {}  # found by this process since all were brought together
         self.written = 0
         if resumed and self.path.exists():
-            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.found = {entry["index"]: entry for entry in entries}
+            self.found = {entry["index"]: entry for entry in read_json_lines(self.path)}
             self.written = len(self.found)
 
     def __len__(self) -> int:
@@ -111,7 +110,7 @@ class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into a wish to stop; one that comes seconds later acts at once.
 
     A SIGHUP that is ignored stays so: a run under nohup goes on when its terminal is closed. SIGINT does not: a shell
-    script lets all that it starts with & ignore it, and whoever sends it by hand means it.
+    script lets all that it starts with & ignore it, and whoever sends it by hand means it, the second one too.
     """
 
     def __init__(self):
@@ -128,10 +127,16 @@ class Signals:
     def _note(self, signum: int, frame) -> None:
         # a launcher often passes on what the whole process group got already: that is one wish, not two
         if self.received and time.monotonic() - self._first > _PATIENCE_S:
-            signal.signal(signum, self._before[signum])
+            signal.signal(signum, self._at_once(signum))
             signal.raise_signal(signum)
         elif not self.received:
             self.received, self._first = signum, time.monotonic()
+
+    def _at_once(self, signum: int):
+        """What a signal does elsewhere in this process, or by default where that would be nothing."""
+        if self._before[signum] != signal.SIG_IGN:
+            return self._before[signum]
+        return signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._before.items():

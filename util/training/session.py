@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from torch import nn
 from util.run.device import grad_scaler, pick_device, pick_precision, precision_warning
 from util.run.dist import World, join, leave, read_world
 from util.run.errors import UserError, cli
-from util.run.files import only_writer, write_atomically
+from util.run.files import only_writer, read_lock, write_atomically
 from util.run.log import RunFolder, provenance
-from util.training.checkpoint import Progress, checkpoint_to_resume, plain_args, restore, set_aside_damaged
+from util.training.checkpoint import Progress, checkpoint_to_resume, plain_args, restore
 from util.training.faults import Stopped
 from util.training.loop import Setup, train
 from util.training.memory import checkpoint_blocks
@@ -52,36 +52,51 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     world = read_world()
     device = pick_device(args.device, world.local_rank)
     join(world, device)
-    run = RunFolder(args.output_dir, is_main=world.is_main, log_dir=args.log_dir)
     try:
-        with only_writer(run.path) if world.is_main else nullcontext():
-            here = Session(args, world, device, run, _one_start(world, checkpoint_to_resume(run, args.resume)))
+        with _run_folder(args, world) as (run, resume_from):
+            here = Session(args, world, device, run, resume_from)
             if here.sharded and args.compile == "on":
                 raise UserError("--compile on does not work with --fsdp: leave one of them out")
-            if world.is_main:
-                set_aside_damaged(run, here.resume_from)
             yield here
-        run.close()
     except Stopped as stop:
         sys.exit(stop.exit_status)
     finally:
-        with suppress(OSError):  # a full disk has been told of
-            run.close()
         leave()
 
 
-def _one_start(world: World, checkpoint: Path | None) -> Path | None:
-    """The checkpoint that this process found, if all found the same; UserError on machines that share no folder.
+@contextmanager
+def _run_folder(args: argparse.Namespace, world: World) -> Iterator[tuple[RunFolder, Path | None]]:
+    """The run folder, which the main process holds for all, and the checkpoint to go on from, which it has chosen.
 
-    Otherwise one would go on from a step and another begin anew.
+    UserError on all processes where it cannot do so, and on machines that share no folder.
     """
-    for rank, found in enumerate(world.gather_objects(checkpoint)):
-        if found != checkpoint:
-            raise UserError(
-                f"process {world.rank} would start from {checkpoint or 'nothing'} and process {rank} from "
-                f"{found or 'nothing'}: give an --output_dir that all machines share"
-            )
-    return checkpoint
+    run = RunFolder(args.output_dir, is_main=False, log_dir=args.log_dir)
+    with ExitStack() as held:
+
+        def take() -> tuple[Path | None, bytes]:
+            nonlocal run
+            run = RunFolder(args.output_dir, is_main=True, log_dir=args.log_dir)
+            lock = held.enter_context(only_writer(run.path))
+            return checkpoint_to_resume(run, args.resume), lock
+
+        resume_from, lock = world.from_main(take)
+        _all_see(world, run.path, lock)
+        try:
+            yield run, resume_from
+            run.close()
+        finally:
+            with suppress(OSError):  # a full disk has been told of
+                run.close()
+
+
+def _all_see(world: World, folder: Path, lock: bytes) -> None:
+    """UserError on machines that share no folder: some could not read what the main process saves."""
+    seen = world.gather_objects(world.is_main or read_lock(folder) == lock)
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see the folder {folder} that process 0 writes to: "
+            "give an --output_dir that all machines share"
+        )
 
 
 def script(get_args: Callable, experiment: Callable[[argparse.Namespace, Session], None]) -> Callable:

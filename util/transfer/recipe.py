@@ -181,11 +181,12 @@ class Validation:
             if not world.is_main:
                 parts.clear()
         self._leave_out(sorted(chain.from_iterable(world.gather_objects(bad))))
-        figures = None
-        if world.is_main:
+
+        def figures() -> dict[str, float]:
             logits, labels, good = (torch.cat(part)[: len(self.source)] for part in zip(*parts, strict=True))
-            figures = score(logits[good], labels[good])
-        return world.gather_objects(figures)[0]
+            return score(logits[good], labels[good])
+
+        return world.from_main(figures)
 
     def _leave_out(self, bad: list[tuple[int, str, str]]) -> None:
         for _, path, reason in bad:

@@ -16,6 +16,7 @@ from gradio.data_classes import FileData
 from gradio.exceptions import Error
 from PIL import Image
 
+from util.data.images import FORMATS
 from util.run.errors import UserError
 from visualize.demo.pictures import Limits, note, open_upload
 
@@ -102,7 +103,7 @@ def _decoded(file: FileData | bytes | None, limits: Limits, is_background: bool)
     if is_background:
         return picture
     source = BytesIO(file) if isinstance(file, bytes) else file.path
-    with Image.open(source) as layer:  # within the limits, as was just seen
+    with Image.open(source, formats=FORMATS) as layer:  # within the limits, as was just seen
         return layer.convert("RGBA")
 
 
