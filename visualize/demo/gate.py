@@ -20,7 +20,8 @@ _API = "/gradio_api/"
 ADDRESSES = {"/", "/config", "/config/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon"} | {
     _API + name
     for name in ("app_id", "cancel", "component_server", "component_server/", "info", "info/", "queue/data",
-                 "queue/join", "reset", "reset/", "run/predict", "startup-events", "theme.css", "upload", "upload_progress")
+                 "queue/join", "reset", "reset/", "run/predict", "startup-events", "theme.css", "upload",
+                 "upload_progress")
 }  # fmt: skip
 FOLDERS = ("/assets/", "/pwa_icon/", "/static/", "/svelte/", _API + "file=", _API + "heartbeat/")
 
