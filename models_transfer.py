@@ -15,7 +15,7 @@ from models_baseline import BASELINE_NAMES, WITH_MEAN, build_baseline, has_stati
 from models_vit import VIT_MODELS, Backbone, build_vit
 from util.run.args import height_width
 from util.run.errors import UserError
-from util.training.checkpoint import read_checkpoint
+from util.training.checkpoint import MISFITS, read_checkpoint
 from util.training.hub import load_weights
 from util.training.pretrained import fingerprint_of, load_pretrained
 from util.training.stored_flags import checked_flags
@@ -90,7 +90,7 @@ def _transferred(checkpoint: dict, path: str | Path, device: torch.device | str)
     args, state, classes = checked_flags(checkpoint["args"], str(path)), checkpoint["model"], checkpoint["classes"]
     try:
         model, config = _built(checkpoint, args, state, tuple(classes), path)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except MISFITS as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not fit its own flags ({reason}): restore it, or give another") from error
     return Transferred(model.to(device).eval(), tuple(classes), args, config)

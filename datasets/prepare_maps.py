@@ -10,7 +10,6 @@ overview.png is to be looked at. Stopped and started again, it goes on where it 
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from functools import partial
@@ -36,6 +35,7 @@ from util.run import args as flags
 from util.run.errors import UserError, cli
 from util.run.files import write_atomically
 from util.run.log import provenance, write_json
+from util.run.untrusted import read_json
 
 OVERVIEW = "overview.png"
 DATA, SETTINGS = ("samples", "fingerprint", "stamp"), ("finder", "finder_files", "min_score")  # of a plan
@@ -103,8 +103,8 @@ def noted(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        note = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it, and make the maps again") from error
     if not isinstance(note, dict) or not {"data", "maps"} <= note.keys():
         raise UserError(f"{path} is no note of maps: remove it, and make the maps again")

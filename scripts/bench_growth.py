@@ -53,6 +53,7 @@ DIM = 64  # numbers in an embedding: what grows with the rows does not depend on
 PAIRS = 100_000  # of two identities, whatever the rows
 RANKS, BATCH = 64, 64
 WARM_UP_ROWS = 1000
+METER_BYTES = 20e6  # of memory, which a process takes and gives back by itself: below it nothing can be said
 LAID_OUT = (10**7, 10**8)  # rows at which "order" is measured too: it is quick, and lays out no table beyond 2**24
 
 
@@ -326,10 +327,15 @@ def table(measured: dict, target: int) -> str:
     return "\n".join(lines)
 
 
+def is_drawn(law: PowerLaw, unit: str) -> bool:
+    """Whether a law is more than the noise of memory, and says something: no size lies twice off its line."""
+    return law.residual < 2 and (unit != "bytes" or law.value > METER_BYTES)
+
+
 def draw(measured: dict, target: int, path: Path) -> None:
     """Times and bytes over rows, both logarithmic, the lines drawn on to `target`."""
     figure, axes = new_figure(2, height=6.4)
-    chosen = laws(measured)
+    chosen = {name: law for name, law in laws(measured).items() if is_drawn(*law)}
     for each, unit in zip(axes, ("s", "bytes"), strict=True):
         names = [name for name, (_, its) in chosen.items() if its == unit]
         for number, name in enumerate(names):
@@ -349,7 +355,7 @@ def draw(measured: dict, target: int, path: Path) -> None:
         each.axvline(target, color=GREY, linewidth=0.8)
         each.set_xlabel("rows")
         each.set_title({"s": "processor time, s", "bytes": "bytes"}[unit], fontsize=10, loc="left")
-        each.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=1)
+        each.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
     finish(figure, f"Measured, and drawn on to {target:,} rows", path)
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -245,7 +246,7 @@ def _out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 
@@ -295,17 +296,25 @@ class Guard:
         elif event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(args[0]))
             writes = (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if path in _PRIVATE or (writes and not path.startswith((self.home, "/dev/"))):
+            allowed = (self.home, "/dev/") if writes else (self.home, *_PROGRAM)
+            if path in _PRIVATE or not _lies_in(path, allowed):
                 self.found.append(f"open {path}")
         elif event in _CHANGES:
             for path in _changed(event, args):
-                if not path.startswith(self.home):
+                if not _lies_in(path, (self.home,)):
                     self.found.append(f"{event} {path}")
 
 
+def _lies_in(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+
 def _changed(event: str, args: tuple) -> list[str]:
-    """The files that a call changes, where it names them: by a path, or by one within an open folder."""
-    named = [name for name in args[: 2 if event == "os.rename" else 1] if isinstance(name, (str, bytes))]
+    """The files that a call changes or makes, where it names them: by a path, or by one within an open folder.
+
+    Of a link it is also what it leads to.
+    """
+    named = [name for name in args[: 2 if event in _OF_TWO else 1] if isinstance(name, (str, bytes))]
     inside = args[1] if event in ("os.remove", "os.rmdir") else -1
     if inside != -1 and not os.path.exists("/proc/self/fd"):
         return []
@@ -314,8 +323,20 @@ def _changed(event: str, args: tuple) -> list[str]:
 
 
 _COMMANDS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pty.spawn"}
-_CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
+_OF_TWO = {"os.rename", "os.link", "os.symlink", "shutil.move"}
+_CHANGES = {
+    "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.truncate", "os.utime", "os.setxattr", *_OF_TWO,
+    "shutil.rmtree",
+}  # fmt: skip
 _PRIVATE = {"/etc/passwd"}  # what the names in scripts/fuzz_mutations.py lead to
+# what the interpreter and its libraries read: themselves, the machine, the system's settings
+_PROGRAM = tuple(
+    os.path.realpath(folder)
+    for folder in (
+        *(sys.prefix, sys.base_prefix, sys.exec_prefix, Path(__file__).parents[1], *filter(os.path.isdir, sys.path)),
+        *("/proc", "/sys", "/dev", "/usr", "/lib", "/lib64", "/opt", "/etc/localtime", "/etc/mime.types"),
+    )
+)
 
 
 def _memory(reset: bool = False) -> int:

@@ -239,6 +239,8 @@ def table(verdicts: dict) -> str:
 
 def draw(samples: list[dict], args) -> None:
     """Memory, what is open, speed and what is written, over the steps."""
+    from matplotlib.ticker import MaxNLocator  # slow to import
+
     figure, axes = new_figure(2, rows=2, height=5.6)
     steps = np.array([sample["step"] for sample in samples])
     panels = (
@@ -261,6 +263,7 @@ def draw(samples: list[dict], args) -> None:
     starts = [one["step"] for other, one in pairwise(samples) if one["segment"] > other["segment"]]
     for each in axes.flat:
         each.set_xlabel("optimizer steps", fontsize=9)
+        each.xaxis.set_major_locator(MaxNLocator(4))
         each.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         for start in starts:
             each.axvline(start, color=GREY, linewidth=0.8, linestyle=":")

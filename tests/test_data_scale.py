@@ -71,7 +71,7 @@ def test_keys_are_sources_and_else_file_names(folder):
 def test_the_file_is_read_once_for_all_roles_and_anew_when_it_changes(folder, tmp_path, monkeypatch):
     write_manifest(tmp_path, [{"sample_id": str(i), "file_name": f"{i}.png", "split": "train"} for i in range(50)])
     read, reads = manifest.read_parquet, []
-    monkeypatch.setattr(manifest, "read_parquet", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(manifest, "read_parquet", lambda path, columns: reads.append(path) or read(path, columns))
     train, val = open_source(tmp_path, "train"), open_source(tmp_path, "val")
     assert len(reads) == 1 and len(train) + len(val) == 50
     first = read_manifest(tmp_path)

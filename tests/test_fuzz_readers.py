@@ -231,6 +231,18 @@ def _raise(error):
     raise error
 
 
+def _hide(error):
+    try:
+        raise error
+    except MemoryError:
+        raise UserError("it is damaged")  # noqa: B904
+
+
+def _beside(folder: Path) -> Path:
+    """A file outside the home of a campaign."""
+    return folder.parent.parent.parent / "secret"
+
+
 @pytest.mark.parametrize(
     "act, outcome",
     [
@@ -244,6 +256,14 @@ def _raise(error):
         (lambda folder: open("/etc/passwd").close(), ESCAPE),
         (lambda folder: open(folder.parent.parent.parent / "outside", "w").close(), ESCAPE),
         (lambda folder: open(folder / "inside", "w").close(), READ),
+        (lambda folder: open(_beside(folder)).close(), ESCAPE),
+        (lambda folder: open(json.__file__).close(), READ),
+        (lambda folder: os.symlink(_beside(folder), folder / "link"), ESCAPE),
+        (lambda folder: os.link(_beside(folder), folder / "link"), ESCAPE),
+        (lambda folder: shutil.copy(_beside(folder), folder / "copy"), ESCAPE),
+        (lambda folder: os.symlink(folder / "a", folder / "link"), READ),
+        (lambda folder: os.mkdir(f"{folder.parent.parent}-of-another"), ESCAPE),
+        (lambda folder: _hide(MemoryError()), "memory"),
         (lambda folder: (os.mkdir(folder / "own"), shutil.rmtree(folder)), READ),
         (lambda folder: os.rename(folder, folder.parent.parent.parent / "moved"), ESCAPE),
         (lambda folder: os.mkdir(folder.parent.parent.parent / "beside"), ESCAPE),
@@ -252,6 +272,7 @@ def _raise(error):
 def test_what_an_input_does_is_seen(act, outcome, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
+    (tmp_path / "secret").touch()
     guard = fuzz_readers.Guard(home)
     found, _, _ = try_one(Misbehaves(act), tmp_path, home / "work", 0, "x", 0, guard)
     guard.home = "/"  # an audit hook stays for the life of the process

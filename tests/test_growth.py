@@ -49,8 +49,13 @@ def test_a_constant_is_seen_at_the_end():
 
 
 def test_what_is_no_law_is_refused():
-    for sizes, values in (([10], [1.0]), ([10, 10], [1.0, 2.0]), ([10, 100], [0.0, 1.0])):
-        with pytest.raises(ValueError, match="two sizes and values above 0"):
+    for sizes, values in (
+        ([10], [1.0]),
+        ([10, 10], [1.0, 2.0]),
+        ([10, 100, 100], [1.0, 2.0, 2.1]),
+        ([10, 100], [0.0, 1.0]),
+    ):
+        with pytest.raises(ValueError, match="two sizes, all different, and values above 0"):
             power_law(sizes, values)
 
 

@@ -6,8 +6,10 @@ Run: python -m pytest tests/test_hostile_input.py
 
 import io
 import json
+import math
 import os
 import pickle
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,14 +33,14 @@ from util.data.faces import StoredFinder
 from util.data.images import decode_image
 from util.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from util.data.maps import read_map
-from util.data.packed import ALIGNMENT, MAGIC, PackedFile, checksum
+from util.data.packed import PackedFile
 from util.data.prepare import image_sizes, picture_folder, read_table
 from util.data.sources import list_folder, open_source
 from util.data.trials import ICARTOONFACE, read_protocol
 from util.run.errors import LONGEST, UserError, cli, one_line
 from util.run.untrusted import parse_json, read_arrays, read_parquet
 from util.training import hub
-from util.training.checkpoint import read_checkpoint
+from util.training.checkpoint import read_checkpoint, save_checkpoint
 from util.training.hub import load_weights
 from util.transfer.face_store import FaceStore
 from util.transfer.gallery import Gallery
@@ -57,6 +59,18 @@ def test_a_manifest_names_nothing_outside_its_folder(name, column, tmp_path):
     table = pa.table({"sample_id": ["a"], "file_name": ["a.png"], "split": ["train"]} | {column: [name]})
     pq.write_table(table, tmp_path / MANIFEST_NAME)
     refused(lambda: read_manifest(tmp_path), "leads outside")
+
+
+@pytest.mark.parametrize("root, is_told", [(None, False), ("pictures", False), (".", False), ("..", True), ("/", True)])
+def test_pictures_outside_the_folder_are_told_of(root, is_told, tmp_path, capsys):
+    """An image_root may lead anywhere: whoever opens a stranger's manifest reads where."""
+    row = {"sample_id": "a", "file_name": "a.png", "split": "train"}
+    write_manifest(tmp_path / "data", [row], image_root=root)
+    read_manifest(tmp_path / "data")
+    said = capsys.readouterr().out
+    assert said == (
+        f"{tmp_path}/data/metadata.parquet: pictures are read from {tmp_path / 'data' / root}\n" if is_told else ""
+    )
 
 
 @pytest.mark.parametrize("name", OUTSIDE[:4])
@@ -184,6 +198,29 @@ def test_code_in_a_checkpoint_does_not_run(place, zipped, evil, tmp_path):
         for read in (load_weights, load_transferred, load_recogniser, lambda path: read_checkpoint(Path(path))):
             refused(lambda read=read, path=path: read(str(path)), "carries code|was not loaded")
         path.unlink()
+
+
+@pytest.mark.parametrize("file, place, name, value", [
+    ("finetune.pth", "args", "seed", math.inf), ("lora.pth", "lora", "alpha", 10**400),
+])  # fmt: skip
+def test_numbers_that_are_too_large_for_a_float_are_refused(file, place, name, value, tmp_path):
+    corpus.transfer(tmp_path)
+    stored = read_checkpoint(tmp_path / file)
+    stored[place] = {**stored[place], name: value}
+    save_checkpoint(tmp_path / file, stored)
+    refused(lambda: load_transferred(tmp_path / file), f"{file} .*(Overflow|{name})")
+
+
+def test_a_tar_archive_is_not_unpacked(tmp_path, monkeypatch):
+    """torch.load unpacks one of torch 0.1 into a folder that it makes."""
+    path, made = tmp_path / "a.pth", []
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **options: made.append(args) or str(tmp_path))
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("storages")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    refused(lambda: read_checkpoint(path), "a.pth is damaged or no checkpoint")
+    assert not made and not (tmp_path / "storages").is_symlink()
 
 
 def test_a_bare_pickle_under_any_name_does_not_run(evil, tmp_path):
@@ -359,26 +396,11 @@ def test_parts_of_another_form(found, tmp_path, capsys, import_script):
     assert "p/0.png" in fails(script.main, capsys, [*flags, "--parts", str(tmp_path / "parts.json")])
 
 
-def packed_header(header) -> bytes:
-    text = json.dumps(header).encode()
-    return (MAGIC + len(text).to_bytes(8, "little") + checksum(text) + text).ljust(ALIGNMENT, b"\0")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        None, [], {"samples": 10**12}, {"samples": -1}, {"canvas": "8"}, {"canvas": 0}, {"canvas": 2**31}, {"chunk": 0}, {"sections": []},
-        {"sections": {}}, {"sections": {"samples": [0, 2**62, "a"], "chunks": [0, 1, "b"]}}, {"plan": None},
-        {"more": 1},
-    ],
-)  # fmt: skip
-def test_a_packed_file_whose_checksum_is_right_and_whose_header_is_not(change, tmp_path):
-    """Anybody can write the checksum. Before, these were TypeError and ValueError, or reads beyond the file."""
-    section = {"samples": [ALIGNMENT, 0, "a"], "chunks": [ALIGNMENT, 0, "b"]}
-    good = {"samples": 0, "canvas": 8, "chunk": 4, "size": ALIGNMENT, "plan": {"labels": "auto"}, "sections": section}
-    header = good | change if isinstance(change, dict) else change
-    (tmp_path / "a.pack").write_bytes(packed_header(header))
-    refused(lambda: PackedFile(tmp_path / "a.pack"), "damaged")
+@pytest.mark.parametrize("text", [DEEP, "[", "\xff", "[]", '{"data": "\\ud800", "maps": {}}'])
+def test_a_note_of_maps_that_is_none(text, tmp_path, import_script):
+    """Before, one that is nested deep was a RecursionError."""
+    (tmp_path / "maps.json").write_bytes(text.encode("latin-1"))
+    refused(lambda: import_script("datasets/prepare_maps.py").noted(tmp_path), "make the maps again")
 
 
 def test_trials_of_another_kind(tmp_path):

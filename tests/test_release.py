@@ -145,6 +145,14 @@ def test_a_file_that_is_not_as_released_is_named(released, make, tmp_path, capsy
     assert message in helpers.fails(make, capsys, ["--check", str(folder)])
 
 
+def test_only_files_that_have_a_checksum_are_read(released, tmp_path):
+    """What a killed process left, or anybody put there under such a name, is none of the lists."""
+    folder = shutil.copytree(released, tmp_path / "copy")
+    for name in ("pairs/.evil.parquet.0123abcd.tmp", "episodes/.lock"):
+        shutil.copy(folder / "pairs/verification.parquet", folder / name)
+    assert read_release(folder) == read_release(released)
+
+
 def test_other_data_are_told_from_the_released(released):
     release = read_release(released)
     rows = [dict(row) for row in release.splits]

@@ -15,6 +15,7 @@ from util.run.errors import UserError
 from util.run.untrusted import read_arrays
 
 FACTS = ("sample_id", "identity", "source", "style", "pose", "occlusion", "expression")
+_EMBEDDED = ("embeddings", "sample_id")  # what is read of an embeddings file
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,8 @@ def read_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:
     UserError where the file cannot be read, an array is missing or does not fit, or a sample_id stands twice.
     """
     try:
-        stored = read_arrays(path)
-        arrays = {name: stored[name] for name in ("embeddings", "sample_id")}
+        stored = read_arrays(path, _EMBEDDED)
+        arrays = {name: stored[name] for name in _EMBEDDED}
     except FileNotFoundError:
         raise UserError(f"--embeddings {path} does not exist: write it with numpy.savez") from None
     except KeyError as error:

@@ -44,11 +44,15 @@ class PowerLaw(NamedTuple):
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
-    """The power law through `values` (N,) at `sizes` (N,), all above 0. ValueError for fewer than two sizes."""
+    """The power law through `values` (N,) at `sizes` (N,), all above 0.
+
+    ValueError for fewer than two sizes, and where one stands twice.
+    """
     order = np.argsort(sizes)
     sizes, values = np.asarray(sizes, float)[order], np.asarray(values, float)[order]
-    if len(np.unique(sizes)) < 2 or not (values > 0).all():
-        raise ValueError(f"a power law needs two sizes and values above 0, not {values.tolist()} at {sizes.tolist()}")
+    if len(sizes) < 2 or len(np.unique(sizes)) < len(sizes) or not (values > 0).all():
+        found = f"{values.tolist()} at {sizes.tolist()}"
+        raise ValueError(f"a power law needs two sizes, all different, and values above 0, not {found}")
     x, y = np.log(sizes), np.log(values)
     slope, constant = np.polyfit(x, y, 1)
     rest, freedom = y - (slope * x + constant), len(x) - 2

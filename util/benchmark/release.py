@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from util.benchmark.few_shot import Episodes
 from util.benchmark.lists import write_csv
 from util.benchmark.pairs import KINDS
-from util.data.trials import TRIALS
+from util.data.trials import TRIALS, read_columns
 from util.run.errors import UserError
 from util.run.files import is_temporary, write_atomically, write_text
-from util.run.untrusted import read_json, read_parquet
+from util.run.untrusted import read_json
 
 FORMAT = 1  # of these files, as protocol.json says
 SUMS, VERSION, PROTOCOL, SPLITS = "SHA256SUMS", "VERSION", "protocol.json", "splits.csv"
@@ -139,7 +139,11 @@ def _files(folder: Path) -> list[Path]:
 
 def check_release(folder: str | Path) -> int:
     """Compare every file with its checksum; returns how many there are. UserError names the first that differs."""
-    folder = Path(folder)
+    return len(_verified(Path(folder)))
+
+
+def _verified(folder: Path) -> list[str]:
+    """The names of the files that a release has checksums of, which agree."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: value for value, name in (line.split("  ", 1) for line in lines)}
@@ -157,21 +161,22 @@ def check_release(folder: str | Path) -> int:
     for name in (VERSION, PROTOCOL, SPLITS):
         if name not in sums:
             raise UserError(f"{folder} lacks {name}: it is no whole release")
-    return len(sums)
+    return list(sums)
 
 
 def read_release(folder: str | Path) -> Release:
     """A release whose checksums agree; UserError otherwise, and for a newer format."""
     folder = Path(folder)
-    check_release(folder)
+    names = _verified(folder)
     try:
         facts = read_json(folder / PROTOCOL)
         if facts["format"] != FORMAT:
             raise UserError(f"{folder} is of format {facts['format']}, and this reads {FORMAT}: update the code")
         tables = {
             kind: {
-                path.stem: read_parquet(path).select(schema.names).cast(schema).to_pydict()
-                for path in sorted(folder.glob(f"{kind}/*"))
+                Path(name).stem: read_columns(folder / name, schema)
+                for name in sorted(names)
+                if Path(name).parent == Path(kind)
             }
             for kind, schema in (("pairs", TRIALS), ("episodes", EPISODES))
         }

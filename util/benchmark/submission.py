@@ -22,10 +22,11 @@ from util.benchmark.pairs import KINDS
 from util.benchmark.release import Release
 from util.benchmark.verification import accuracy_at, best_threshold, verification_report
 from util.run.errors import UserError
-from util.run.untrusted import read_arrays
+from util.run.untrusted import SPARE_BYTES, read_arrays
 
 _GROUP = ("sample_id", "class_scores", "classes")
 _PAIRS = {"pair_scores": "verification", "tuning_pair_scores": "verification_tuning"}
+_ROWS = 1024  # that are sorted at a time
 _EMBED = "needs embeddings: eval_recognition.py --embeddings"
 
 
@@ -42,7 +43,8 @@ class Scores:
 
 def read_scores(path: str, release: Release) -> Scores:
     """A submission, checked against a release; UserError in one line for whatever does not fit."""
-    arrays = _arrays(path)
+    # one-hot scores compress a thousandfold, and so many are what is asked for
+    arrays = _arrays(path, spare=SPARE_BYTES + 8 * len(release.splits) * len(release.classes))
     unknown = sorted(set(arrays) - {*_GROUP, *_PAIRS})
     if unknown:
         raise UserError(f"--scores {path} holds {unknown[0]!r}, which means nothing: {', '.join((*_GROUP, *_PAIRS))}")
@@ -60,9 +62,9 @@ def read_scores(path: str, release: Release) -> Scores:
     return Scores(_rows(path, arrays, release) if given else {}, pairs)
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
+def _arrays(path: str, spare: int) -> dict[str, np.ndarray]:
     try:
-        return read_arrays(path)
+        return read_arrays(path, spare=spare)
     except FileNotFoundError:
         raise UserError(f"--scores {path} does not exist: write it with numpy.savez") from None
     except (OSError, ValueError) as error:
@@ -76,7 +78,7 @@ def _floats(path: str, name: str, values: np.ndarray, shape: tuple[int, ...]) ->
         raise UserError(f"--scores {path}: {name} is {values.dtype} {values.shape}, floats {shape} are needed")
     if not np.isfinite(values).all():
         raise UserError(f"--scores {path}: {name} holds values that are not finite: give every one a number")
-    return values.astype(np.float64)
+    return values.astype(np.float64, copy=False)
 
 
 def _rows(path: str, arrays: dict[str, np.ndarray], release: Release) -> dict[str, np.ndarray]:
@@ -91,7 +93,9 @@ def _rows(path: str, arrays: dict[str, np.ndarray], release: Release) -> dict[st
     if len(set(names)) < len(names):
         raise UserError(f"--scores {path}: a sample_id stands there twice: keep one of each")
     scores = _floats(path, "class_scores", arrays["class_scores"], (len(names), len(classes)))
-    scores = scores[:, np.argsort(classes)]
+    order = np.argsort(classes)
+    for first in range(0, len(scores), _ROWS):  # a sorted copy of the whole would be another half a gigabyte
+        scores[first : first + _ROWS] = scores[first : first + _ROWS, order]
     known = {row["sample_id"] for row in release.splits}
     strange = next((name for name in names if name not in known), None)
     if strange is not None:

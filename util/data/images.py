@@ -52,7 +52,7 @@ def decode_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Im
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled, not clipped; CMYK is
     converted; of an animation the first frame is taken. Raises BadImage where the data are empty, truncated or
-    not a picture of one of FORMATS, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
+    not a picture of FORMATS, or where the header announces more than `max_pixels` pixels (nothing is decoded then).
     """
     return _decode(source, max_pixels)[0]
 

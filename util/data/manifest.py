@@ -119,7 +119,8 @@ def write_manifest(
 def read_manifest(folder: str | Path) -> Manifest:
     """Read `folder`/metadata.parquet. Columns that are not required may be missing and read as null.
 
-    Raises UserError that names the column or the row at fault, also where a file_name leaves its root.
+    Raises UserError that names the column or the row at fault, also where a file_name leaves its root. A root outside
+    `folder` is named in a printed line.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -134,7 +135,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _read(folder: Path, path: Path, version: tuple[int, ...]) -> Manifest:
     """The manifest at `path`. version: changes with the file."""
     try:
-        table = read_parquet(path)
+        table = read_parquet(path, COLUMNS)
         metadata = _own_metadata(table.schema)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): prepare the folder again") from error
@@ -143,11 +144,18 @@ def _read(folder: Path, path: Path, version: tuple[int, ...]) -> Manifest:
     root = _root(folder, metadata.get("image_root"))
     table = _to_schema(table, path)
     _validate(table, folder, root, path)
+    if not _is_below(root, folder):  # whoever wrote the file chose it, and the pictures may be anybody's
+        print(f"{path}: pictures are read from {root}")
     return Manifest(table, folder, root, np.arange(table.num_rows), metadata)
 
 
 def _root(folder: Path, image_root: str | Path | None) -> Path:
     return folder if image_root is None else folder / image_root  # an absolute image_root stands alone
+
+
+def _is_below(root: Path, folder: Path) -> bool:
+    base, found = (os.path.join(os.path.abspath(each), "") for each in (folder, root))
+    return found.startswith(base)
 
 
 def _own_metadata(schema: pa.Schema) -> dict[str, str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from util.data.images import BadImage, decode_image
@@ -17,6 +16,7 @@ from util.run.args import ratio
 from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import progress
+from util.run.untrusted import open_parquet, spelled_type
 
 _AHEAD = 1024  # pictures decoded before the first of them is asked for
 _ROWS = 32  # rows of a Parquet file in memory at a time
@@ -95,19 +95,20 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
     """
     for path in files:
         try:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path, ["image", *texts]) as file:
                 _check_picture_column(file.schema_arrow, path)
                 names = file.schema_arrow.names
                 known = [name for name in texts if names.count(name) == 1]
                 for batch in file.iter_batches(_ROWS, columns=["image", *known]):
-                    for row in batch.to_pylist():
+                    for number in range(len(batch)):
+                        (row,) = batch.slice(number, 1).to_pylist()  # one picture may stand in all of them
                         cell = row["image"] or {"bytes": None}
                         yield {
                             "bytes": cell["bytes"],
                             "path": cell.get("path"),
                             **{name: row.get(name) for name in texts},
                         }
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
 
 
@@ -115,6 +116,8 @@ def _check_picture_column(schema: pa.Schema, path: Path) -> None:
     if schema.names.count("image") != 1:
         raise UserError(f"{path} has no column 'image', only {', '.join(schema.names)}: check --data_path")
     kind = schema.field("image").type
+    if pa.types.is_struct(kind):
+        kind = pa.struct([(each.name, spelled_type(each.type)) for each in kind])
     at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
     # text there would be taken for the path of a file on this machine
     if at < 0 or not (pa.types.is_binary(kind[at].type) or pa.types.is_large_binary(kind[at].type)):

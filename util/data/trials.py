@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from util.data.manifest import cells
 from util.data.packed import PackedFile
 from util.run.errors import UserError
 from util.run.files import write_atomically
@@ -30,6 +31,20 @@ def write_protocol(folder: str | Path, name: str, rows: dict[str, list]) -> Path
     return path
 
 
+def read_columns(source, schema: pa.Schema) -> dict[str, list]:
+    """The columns of `schema` in a Parquet file of anybody's as lists, in which equal texts are one object.
+
+    ValueError, OSError, KeyError or pa.ArrowException where it has no such columns.
+    """
+    table = read_parquet(source, schema.names).select(schema.names).cast(schema)
+    return {name: _shared(table.column(name)) for name in schema.names}
+
+
+def _shared(column: pa.ChunkedArray) -> list:
+    known: dict = {}
+    return [known.setdefault(cell, cell) for cell in cells(column)]
+
+
 def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
     """The trials in `folder`/protocols/NAME.parquet, or in a packed file, as lists; None where there are none."""
     path = Path(folder) / "protocols" / f"{name}.parquet"
@@ -41,6 +56,6 @@ def read_protocol(folder: str | Path, name: str) -> dict[str, list] | None:
     if stored is None:
         return None
     try:
-        return read_parquet(stored).select(TRIALS.names).cast(TRIALS).to_pydict()
+        return read_columns(stored, TRIALS)
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise UserError(f"{path} holds no trials ({error}): prepare the folder again") from error

@@ -8,15 +8,18 @@ ask for gigabytes.
 import json
 import os
 import zipfile
+from collections.abc import Collection, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-SPARE_BYTES = 256 << 20  # that any file may unpack to
-RATIO = 100  # bytes in memory for each byte of a larger file; real tables and embeddings stay below 50
+SPARE_BYTES = 384 << 20  # that any file may unpack to: with a copy of it that is below a gigabyte
+RATIO = 100  # bytes in memory for each byte of a file that unpacks to more
 _ROWS = 8192  # of a Parquet file, between two looks at what they came to
-_SPARE_ROWS = 1 << 20
+_SPARE_ROWS = 1 << 22  # of it: all pairs of two thousand names take few bytes each
+# bytes that a value takes in memory; of text it is the number of the text, which is spelled out later
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
 _CHUNK = 1 << 24
 _LAST_CHARACTER = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
@@ -25,6 +28,11 @@ _SURROGATES = (0xD800, 0xDFFF)
 def allowed_bytes(size: int) -> int:
     """What a file of `size` bytes may unpack to, bytes."""
     return max(SPARE_BYTES, RATIO * size)
+
+
+def _check_bytes(unpacked: int, size: int, spare: int = 0) -> None:
+    if unpacked > max(allowed_bytes(size), spare):
+        raise ValueError(f"it unpacks to more than {unpacked - 1} bytes, which is too much for a file of {size}")
 
 
 def reason_of(error: BaseException) -> str:
@@ -51,19 +59,20 @@ def read_json(path: Path):
 # --- NumPy archives -------------------------------------------------------------------------------------------------
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def read_arrays(path: str | Path, names: Collection[str] | None = None, spare: int = 0) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name; ValueError or OSError where it is damaged or hostile.
 
-    Arrays of objects, which only pickle can read, are refused. What the headers announce is checked against the
-    archive before memory is asked for. Text is valid Unicode.
+    names: of those that are wanted, default all; the others are not looked at. spare: bytes that they may come to
+    however small the file is, where the caller knows that they are meant to. Arrays of objects, which only pickle can
+    read, are refused. What the headers announce is checked against the archive before memory is asked for. Text is
+    valid Unicode.
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            members, size = archive.infolist(), os.fstat(file.fileno()).st_size
-            announced = sum(member.file_size for member in members)
-            if announced > allowed_bytes(size):
-                raise ValueError(f"it unpacks to {announced} bytes, which is too much for a file of {size}")
-            return {member.filename.removesuffix(".npy"): _read_member(archive, member) for member in members}
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            wanted = {name: member for name, member in members.items() if names is None or name in names}
+            _check_bytes(sum(member.file_size for member in wanted.values()), os.fstat(file.fileno()).st_size, spare)
+            return {name: _read_member(archive, member) for name, member in wanted.items()}
     except (OSError, ValueError):
         raise
     except Exception as error:  # BadZipFile, zlib.error, NotImplementedError, RuntimeError (a password), struct.error
@@ -108,30 +117,30 @@ def _check_text(array: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} holds text that is no Unicode")
 
 
-# --- Parquet ----------------------------------------------------------------------------------------------------------
+# --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def read_parquet(source):
-    """A whole Parquet file, a path or a pyarrow.Buffer, as a pyarrow.Table whose every cell is valid.
+def read_parquet(source, columns: Sequence[str] | None = None):
+    """A Parquet file, a path or a pyarrow.Buffer, as a pyarrow.Table whose every cell is valid. Text is spelled out.
 
-    ValueError or OSError where it is damaged, or has more rows or bytes than a file of its size can have.
+    columns: those that are read where they are there, default all. ValueError or OSError where the file is damaged,
+    holds lists of text, or has more rows or bytes than a file of its size can have.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    size = os.stat(source).st_size if isinstance(source, (str, os.PathLike)) else source.size
     try:
-        with pq.ParquetFile(source) as file:
-            rows, held, batches = file.metadata.num_rows, 0, []
-            # names differ from row to row, so that a row takes a byte of the file at the very least
-            if rows > max(_SPARE_ROWS, 16 * size):
-                raise ValueError(f"it announces {rows} rows, which is too much for a file of {size} bytes")
-            for batch in file.iter_batches(_ROWS):
-                held += batch.nbytes + sum(map(_spelled_out, batch.columns))
-                if held > allowed_bytes(size):
-                    raise ValueError(f"it unpacks to more than {held} bytes, which is too much for a file of {size}")
-                batches.append(batch)
-            table = pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
+        size = _size_of(source)
+        with open_parquet(source, columns) as file:
+            for leaf in _leaves(file.metadata, columns).values():
+                if leaf.physical_type == "BYTE_ARRAY" and "." in leaf.path:
+                    raise ValueError(f"column {leaf.path.split('.')[0]!r} holds text in a list or a struct")
+            held, batches = 0, []
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                held += sum(map(_spelled_bytes, batch.columns))
+                _check_bytes(held, size)
+                batches.append(_spelled_out(batch))
+            schema = batches[0].schema if batches else _chosen(file.schema_arrow, columns)
+        table = pa.Table.from_batches(batches, schema)
         table.validate(full=True)  # Parquet does not promise that its text is UTF-8
         return table
     except (OSError, ValueError):
@@ -140,11 +149,71 @@ def read_parquet(source):
         raise ValueError(reason_of(error)) from error
 
 
-def _spelled_out(column) -> int:
-    """The bytes that a dictionary-encoded column comes to when each cell has a copy of its text."""
+def open_parquet(source, columns: Sequence[str] | None = None):
+    """A pyarrow.parquet.ParquetFile that reads text and bytes as dictionaries: one that stands in each row, once.
+
+    ValueError where it announces more rows or values in these columns than a file of its size can have; the errors of
+    Arrow where it is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    size, metadata = _size_of(source), pq.read_metadata(source)
+    if metadata.num_rows > max(_SPARE_ROWS, 16 * size):
+        raise ValueError(f"it announces {metadata.num_rows} rows, which is too much for a file of {size} bytes")
+    leaves = _leaves(metadata, columns)
+    unpacked = values = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for number, leaf in leaves.items():
+            chunk = group.column(number)
+            unpacked += chunk.total_uncompressed_size
+            values += chunk.num_values * _WIDTHS.get(leaf.physical_type, leaf.length)
+    _check_bytes(max(unpacked, values), size)
+    texts = [leaf.path for leaf in leaves.values() if leaf.physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(source, metadata=metadata, read_dictionary=texts)
+
+
+def _size_of(source) -> int:
+    return os.stat(source).st_size if isinstance(source, (str, os.PathLike)) else source.size
+
+
+def _leaves(metadata, columns: Sequence[str] | None) -> dict:
+    """The columns of plain values that these columns are made of, by number."""
+    leaves = {number: metadata.schema.column(number) for number in range(metadata.num_columns)}
+    if columns is None:
+        return leaves
+    return {number: leaf for number, leaf in leaves.items() if leaf.path.split(".")[0] in columns}
+
+
+def _chosen(schema, columns: Sequence[str] | None):
+    import pyarrow as pa
+
+    fields = [pa.field(field.name, spelled_type(field.type)) for field in schema]
+    return pa.schema([field for field in fields if columns is None or field.name in columns], schema.metadata)
+
+
+def spelled_type(kind):
+    """The type of what a dictionary holds, and any other type as it is."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _spelled_out(batch):
+    """A batch with a copy of its text in each cell."""
+    import pyarrow as pa
+
+    columns = [each.dictionary_decode() if pa.types.is_dictionary(each.type) else each for each in batch.columns]
+    names = [field.name for field in batch.schema]
+    fields = [pa.field(name, column.type) for name, column in zip(names, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields, batch.schema.metadata))
+
+
+def _spelled_bytes(column) -> int:
+    """The bytes that a column comes to in `_spelled_out`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not pa.types.is_dictionary(column.type) or not pa.types.is_string(column.type.value_type):
-        return 0
-    return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    text = pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    return text + column.indices.nbytes

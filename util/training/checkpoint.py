@@ -4,8 +4,10 @@ import argparse
 import os
 import re
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +18,9 @@ from util.run.args import BOOKKEEPING
 from util.run.errors import UserError
 from util.run.files import write_atomically
 from util.run.log import RunFolder
+
+# what building a model from stored values, and loading stored weights into it, raises where they do not fit
+MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass
@@ -101,6 +106,13 @@ def _damage(file: BinaryIO) -> str | None:
     return wrong and f"{wrong} differs from its checksum"
 
 
+def _refuse_tar(file: BinaryIO) -> None:
+    """ValueError for an archive as of torch 0.1: torch.load would unpack it into a folder, links and all."""
+    with suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:"):
+        raise ValueError("a tar archive")
+    file.seek(0)
+
+
 def checkpoint_to_resume(run: RunFolder, resume: str) -> Path | None:
     """The checkpoint that --resume means: none, a file, or with "auto" the folder's last one that is whole, if any.
 
@@ -162,6 +174,7 @@ def read_checkpoint(path: Path, *, judged: bool = False) -> dict:
     file = _open(path)
     try:
         with file, torch.serialization.safe_globals([argparse.Namespace]):
+            _refuse_tar(file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on a file of another kind torch fails in any way at all, IndexError included
         if found := re.search(r"GLOBAL (\S+)", str(error)):
@@ -230,7 +243,7 @@ def restore(
         optimizer.load_state_dict(checkpoint["optimizer"])
     except torch.OutOfMemoryError:  # of the device: nothing is wrong with the file
         raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except MISFITS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"{path} is of another model ({reason}): resume with the flags it was made with") from error
     for group, values in zip(optimizer.param_groups, configured, strict=True):
