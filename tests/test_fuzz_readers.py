@@ -75,6 +75,17 @@ def test_valid_files_are_read(name, corpora, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", READERS)
+def test_valid_files_are_made_anew_for_each_child(name, tmp_path):
+    """In folders beside each other, where nothing of the one may stand in the way of the other."""
+    for child in ("valid-1", "valid-2"):
+        (tmp_path / child).mkdir()
+        READERS[name].make(tmp_path / child)
+    made = [sorted(path.name for path in (tmp_path / child).rglob("*")) for child in ("valid-1", "valid-2")]
+    assert made[0] == made[1] and made[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["valid-1", "valid-2"]
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name, corpora, tmp_path, capfd):
     logging.disable(logging.CRITICAL)
     try:
