@@ -441,6 +441,7 @@ def test_our_folder_trained_further_is_read_as_anothers(model, tmp_path):
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"lora_alpha": "8"}, "damaged"),
         ({"lora_alpha": 0}, "by 0"),
+        ({"lora_alpha": 10**400}, "by 1000"),
         ({"alpha_pattern": [1]}, "damaged"),
         ({"alpha_pattern": {"(": 1}}, "damaged"),
         ({"lora_dropout": 1.5}, "dropout of 1.5"),

@@ -13,6 +13,7 @@ keeps its state-dict names; `blocks.0.attn.qkv.weight` merely gains `.lora_A` an
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class LoRAConfig:
         """UserError for a value out of range."""
         if self.rank < 1:
             raise UserError(f"a LoRA rank of {self.rank} adapts nothing: choose 1 or more")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
+        if self.alpha is not None and not 0 < self.alpha <= sys.float_info.max:
             raise UserError(f"a LoRA alpha of {self.alpha} is out of range: choose a number above 0")
         if not self.targets:
             raise UserError(f"no LoRA target is given: choose some of {', '.join(TARGETS)}")
@@ -387,7 +388,7 @@ def _peft_scaling(settings: dict, folder: Path, block: int, layer: str, rank: in
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{folder / _CONFIG_FILE} is damaged (alpha_pattern): restore it") from error
     alpha = (own or [settings["lora_alpha"]])[0]
-    if not 0 < alpha < math.inf:
+    if not 0 < alpha <= sys.float_info.max:  # JSON has integers beyond it
         raise UserError(f"{folder} scales an adapter by {alpha}: correct lora_alpha in {_CONFIG_FILE}")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
