@@ -19,7 +19,6 @@ from util.run.log import progress
 from util.run.untrusted import open_parquet, spelled_type
 
 _AHEAD = 1024  # pictures decoded before the first of them is asked for
-_ROWS = 32  # rows of a Parquet file in memory at a time
 # how the files of each format begin; WEBP and AVIF say it a few bytes in
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", ".jpg"),
@@ -90,7 +89,7 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
     """{"bytes": bytes or None, "path": str or None, and each of `texts`} for the rows of Parquet files, in order.
 
     The picture is in the column `image`, as Hugging Face's library writes it: {bytes, path}, undecoded. A text column
-    that a file lacks reads as None; other columns are not read. A few rows are in memory at a time. UserError where a
+    that a file lacks reads as None; other columns are not read. One row is in memory at a time. UserError where a
     file is damaged or has no such column.
     """
     for path in files:
@@ -99,15 +98,11 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
                 _check_picture_column(file.schema_arrow, path)
                 names = file.schema_arrow.names
                 known = [name for name in texts if names.count(name) == 1]
-                for batch in file.iter_batches(_ROWS, columns=["image", *known]):
-                    for number in range(len(batch)):
-                        (row,) = batch.slice(number, 1).to_pylist()  # one picture may stand in all of them
-                        cell = row["image"] or {"bytes": None}
-                        yield {
-                            "bytes": cell["bytes"],
-                            "path": cell.get("path"),
-                            **{name: row.get(name) for name in texts},
-                        }
+                # one row at a time: one picture may stand in all of them
+                for batch in file.iter_batches(1, columns=["image", *known]):
+                    (row,) = batch.to_pylist()
+                    cell = row["image"] or {"bytes": None}
+                    yield {"bytes": cell["bytes"], "path": cell.get("path"), **{name: row.get(name) for name in texts}}
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
 
@@ -115,9 +110,7 @@ def parquet_rows(files: Sequence[Path], texts: Sequence[str] = ()) -> Iterator[d
 def _check_picture_column(schema: pa.Schema, path: Path) -> None:
     if schema.names.count("image") != 1:
         raise UserError(f"{path} has no column 'image', only {', '.join(schema.names)}: check --data_path")
-    kind = schema.field("image").type
-    if pa.types.is_struct(kind):
-        kind = pa.struct([(each.name, spelled_type(each.type)) for each in kind])
+    kind = spelled_type(schema.field("image").type)
     at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
     # text there would be taken for the path of a file on this machine
     if at < 0 or not (pa.types.is_binary(kind[at].type) or pa.types.is_large_binary(kind[at].type)):

@@ -150,8 +150,9 @@ def read_parquet(source, columns: Sequence[str] | None = None):
 
 
 def open_parquet(source, columns: Sequence[str] | None = None):
-    """A pyarrow.parquet.ParquetFile that reads text and bytes as dictionaries: one that stands in each row, once.
+    """A pyarrow.parquet.ParquetFile that reads text as dictionaries: one that stands in each row, once.
 
+    What a struct holds comes as it is: it is to be read one row at a time.
     ValueError where it announces more rows or values in these columns than a file of its size can have; the errors of
     Arrow where it is damaged.
     """
@@ -168,7 +169,8 @@ def open_parquet(source, columns: Sequence[str] | None = None):
             unpacked += chunk.total_uncompressed_size
             values += chunk.num_values * _WIDTHS.get(leaf.physical_type, leaf.length)
     _check_bytes(max(unpacked, values), size)
-    texts = [leaf.path for leaf in leaves.values() if leaf.physical_type == "BYTE_ARRAY"]
+    # inside a struct Arrow cannot always put such dictionaries together
+    texts = [leaf.path for leaf in leaves.values() if leaf.physical_type == "BYTE_ARRAY" and "." not in leaf.path]
     return pq.ParquetFile(source, metadata=metadata, read_dictionary=texts)
 
 
