@@ -148,7 +148,10 @@ def workers(meter: Meter, rows: int, scratch: Path) -> None:
             next(batches)
         for _ in range(min(40, loader.steps - 9)):
             next(batches)
-        children = [memory(pid) for pid in descendants(os.getpid())]
+        children = []
+        for pid in descendants(os.getpid()):
+            with suppress(ProcessLookupError, FileNotFoundError):  # one that helped to start them may end
+                children.append(memory(pid))
         own = [found["Private_Clean"] + found["Private_Dirty"] for found in children]
         meter.note("a worker's own memory", max(own))
     finally:
