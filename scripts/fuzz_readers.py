@@ -341,16 +341,14 @@ _PROGRAM = tuple(
 
 def _memory(reset: bool = False) -> int:
     """The most memory that this process had since it was last reset, bytes; since it began where that cannot be."""
-    import resource
+    import torch
+
+    from util.run.device import peak_memory_bytes
 
     if reset:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    return peak_memory_bytes(torch.device("cpu"))
 
 
 def show(name: str, seed: int, number: int, out: Path) -> None:

@@ -7,25 +7,23 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from util.data.images import BadImage
+from util.run.device import peak_memory_bytes
 from util.run.errors import UserError, one_line
 
 MIB = 1 << 20
+CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
 
 def peak_growth(call) -> int:
     """The most memory that a call takes beside what the process has, bytes."""
-
-    def high_water() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
     forget_peak()
-    before = high_water()
+    before = peak_memory_bytes(CPU)
     call()
-    return high_water() - before
+    return peak_memory_bytes(CPU) - before
 
 
 def forget_peak() -> None:

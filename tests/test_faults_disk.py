@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -631,29 +632,30 @@ def test_processes_that_draw_end_with_the_one_that_started_them(tmp_path):
 # --- signals, workers
 
 
+@contextmanager
+def ignored(signum: int):
+    """A signal is ignored, as from the start of this process; afterwards it must be so still."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        yield
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
+
+
 def test_an_interrupt_that_was_ignored_at_the_start_still_stops_a_run():
     """A shell script starts whatever it starts with & so."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Signals() as signals:
-            signal.raise_signal(signal.SIGINT)
-            assert signals.received == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with ignored(signal.SIGINT), Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
 
 
 def test_the_second_interrupt_ends_a_run_that_ignored_it_at_the_start(monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     monkeypatch.setattr(faults, "_PATIENCE_S", -1.0)
-    try:
-        with pytest.raises(KeyboardInterrupt), Signals() as signals:
-            signal.raise_signal(signal.SIGINT)
-            assert signals.received == signal.SIGINT
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with ignored(signal.SIGINT), pytest.raises(KeyboardInterrupt), Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
 
 
 IGNORANT = """
@@ -673,16 +675,11 @@ def test_the_second_termination_does_too():
 
 def test_a_hangup_that_is_ignored_stays_so():
     """A run under nohup goes on when its terminal is closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Signals() as signals:
-            signal.raise_signal(signal.SIGHUP)
-            assert not signals.received
-            signal.raise_signal(signal.SIGTERM)
-            assert signals.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with ignored(signal.SIGHUP), Signals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert not signals.received
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
 
 
 def test_an_interrupt_is_one_line(capsys):

@@ -101,7 +101,7 @@ def test_an_epoch_of_any_length_is_entered_at_once():
 
 
 def test_cells_are_those_of_the_column(monkeypatch):
-    monkeypatch.setattr(manifest, "_SLICE", 7)
+    monkeypatch.setattr(manifest, "SLICE", 7)
     values = [None if i % 5 == 0 else f"ルリ {i}" for i in range(50)]
     assert list(cells(pa.array(values))) == values
     assert list(cells(pa.chunked_array([values[:20], values[20:]]))) == values
@@ -153,7 +153,7 @@ def some_rows(count: int):
 
 def test_rows_are_written_without_holding_them(tmp_path, monkeypatch):
     expected = pa.Table.from_pylist([dict(row) for row in some_rows(1000)], SCHEMA)
-    monkeypatch.setattr(manifest, "_SLICE", 64)
+    monkeypatch.setattr(manifest, "SLICE", 64)
     gc.collect()
     Seen.alive = Seen.most = 0
     write_manifest(tmp_path, some_rows(1000))
@@ -234,7 +234,7 @@ def test_a_packed_table_is_the_same_in_slices(make_images, tmp_path, monkeypatch
     (folder / "003.png").write_bytes(b"no picture")
     argv = ["--data_path", str(folder), "--canvas", "16", "--num_workers", "0", "--max_bad", "1"]
     pack([*argv, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr("util.data.pack._SLICE", 5)
+    monkeypatch.setattr("util.data.pack.SLICE", 5)
     pack([*argv, "--out", str(tmp_path / "sliced")])
     assert (tmp_path / "sliced").read_bytes() == (tmp_path / "whole").read_bytes()
     file, sink = PackedFile(tmp_path / "whole"), pa.BufferOutputStream()

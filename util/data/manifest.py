@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 COLUMNS = tuple(SCHEMA.names)
 REQUIRED = tuple(field.name for field in SCHEMA if not field.nullable)
 LONGEST_TEXT = 2**31 - 1  # bytes that an array with 32-bit offsets can hold
-_SLICE = 65_536  # rows that are Python objects at a time
+SLICE = 65_536  # rows that are Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def _own_metadata(schema: pa.Schema) -> dict[str, str]:
 
 def cells(column: pa.Array | pa.ChunkedArray) -> Iterator:
     """The values of a column, as Python objects for some rows at a time: all at once are 60 bytes each and more."""
-    for first in range(0, len(column), _SLICE):
-        yield from column.slice(first, _SLICE).to_pylist()
+    for first in range(0, len(column), SLICE):
+        yield from column.slice(first, SLICE).to_pylist()
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -189,7 +189,7 @@ def to_table(rows: Iterable[Mapping], path: Path | None = None) -> pa.Table:
     """
     rows = iter(rows)
     parts = []
-    while part := list(islice(rows, _SLICE)):
+    while part := list(islice(rows, SLICE)):
         parts += _some_rows(part, path).to_batches()
     return pa.Table.from_batches(parts, SCHEMA).combine_chunks()
 

@@ -21,9 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from util.data.arrow_sink import ArrowSink
 from util.data.augment import View
 from util.data.face_crop import visible_region
 from util.data.images import crop_region
+from util.data.manifest import SLICE
 from util.data.pack_journal import CHUNK, Chunks, Journal, difference, list_bad, write_chunks, write_error
 from util.data.pack_origin import Origin, open_origin
 from util.data.packed import (
@@ -45,7 +47,6 @@ from util.run.log import progress
 
 CROPS = ("smart", "centre")
 _ROW_BYTES = 1024  # of the sections for a sample, about; maps come on top
-_SLICE = 65_536  # rows that are Python objects at a time
 BATCH_ROWS = 2**24  # of the section of samples that lie in one piece: 3 GB while they are written
 
 Box = tuple[int, int, int, int]
@@ -111,8 +112,8 @@ def packed_tables(origin: Origin, journal: Journal) -> Iterator[pa.Table]:
     facts, samples = journal.rows(), len(origin.table)
     for start in range(0, samples, BATCH_ROWS):
         parts, end = [], min(start + BATCH_ROWS, samples)
-        for first in range(start, end, _SLICE):
-            part, keys = (whole.slice(first, min(_SLICE, end - first)) for whole in (origin.table, origin.keys))
+        for first in range(start, end, SLICE):
+            part, keys = (whole.slice(first, min(SLICE, end - first)) for whole in (origin.table, origin.keys))
             parts += _packed_part(part, keys, list(islice(facts, len(part))), journal.plan["canvas"]).to_batches()
         yield pa.Table.from_batches(parts, PACKED_SCHEMA).combine_chunks()
 
@@ -160,26 +161,16 @@ class Sections:
         self.sections[name] = (offset, part.length, part.checksum.hexdigest())
 
 
-class _Part:
-    """What Arrow takes for a file: it writes on to the one that is open, and adds up the checksum."""
-
-    closed = False
+class _Part(ArrowSink):
+    """Writes on to the file that is open, and adds up the length and the checksum."""
 
     def __init__(self, file):
         self.file, self.length, self.checksum = file, 0, new_checksum()
 
-    def write(self, data) -> int:
-        length = memoryview(data).nbytes
+    def take(self, data) -> None:
         self.file.write(data)
         self.checksum.update(data)
-        self.length += length
-        return length
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        self.length += memoryview(data).nbytes
 
 
 def resampled_map(values: np.ndarray, facts: Iterable) -> np.ndarray:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from util.data.arrow_sink import ArrowSink
 from util.data.hub import PREFIX, open_hub
 from util.data.images import SUFFIXES, Picture, decode_image
 from util.data.manifest import MANIFEST_NAME, SCHEMA, Manifest, cells, one_array, read_manifest
@@ -376,24 +377,15 @@ def _fingerprint(table: pa.Table, sizes: np.ndarray | None) -> str:
     return digest.hexdigest()
 
 
-class _Digested:
-    """A file that is digested but for its first bytes: those of `batch.serialize()`, without a copy of the batch."""
-
-    closed = False
+class _Digested(ArrowSink):
+    """Digests all but the first bytes: those of `batch.serialize()`, without a copy of the batch."""
 
     def __init__(self, digest, skipped: int):
         self.digest, self.skipped, self.is_done = digest, skipped, False
 
-    def write(self, data) -> int:
+    def take(self, data) -> None:
         data = memoryview(data)
         counted = data[min(self.skipped, len(data)) :]
         self.skipped -= len(data) - len(counted)
         if not self.is_done:
             self.digest.update(counted)
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
