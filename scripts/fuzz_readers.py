@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.run.args import Parser, count, count0
+from util.run.causes import causes
 from util.run.errors import UserError, cli
 from util.run.files import write_text
 from util.run.log import progress, write_json
@@ -231,7 +232,7 @@ def try_one(reader, valid: Path, work: Path, seed: int, name: str, number: int, 
         outcome, detail = READ, ""
     except (UserError, BadImage) as error:
         outcome, detail = REFUSED, str(error)
-        if _out_of_memory(error):
+        if any(isinstance(cause, MemoryError) for cause in causes(error)):
             outcome = MEMORY_OVER
     except MemoryError:
         outcome, detail = MEMORY_OVER, traceback.format_exc(limit=-3)
@@ -240,14 +241,6 @@ def try_one(reader, valid: Path, work: Path, seed: int, name: str, number: int, 
     seconds = time.process_time() - started
     trouble = guard.end()
     return (*trouble, seconds) if trouble else (outcome, detail, seconds)
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, MemoryError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class Guard:

@@ -22,7 +22,7 @@ def disk_trouble(error: BaseException) -> str | None:
     Libraries wrap it: torch says in a RuntimeError that a position is unexpected, safetensors has the number in its
     message only, and NumPy counts what it has written.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         number = getattr(cause, "errno", None)
         if found := re.search(r"\(os error (\d+)\)", str(cause)):
             number = int(found[1])
@@ -33,7 +33,8 @@ def disk_trouble(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from or in the handling of, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -44,7 +45,7 @@ def outside_cause(error: Exception) -> str | None:
     if trouble := disk_trouble(error):
         name = getattr(error, "filename", None)
         return f"{name}: {trouble}" if name else trouble
-    if not any(map(_is_killed_worker, _causes(error))):
+    if not any(map(_is_killed_worker, causes(error))):
         return None
     return (
         "a worker process was killed, perhaps because memory ran out: what was saved is kept; "
