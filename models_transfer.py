@@ -110,6 +110,10 @@ def _built(
         )
     config = LoRAConfig(**checkpoint["lora"]) if "lora" in checkpoint else None
     if config:
+        try:
+            config.validate()
+        except UserError as error:  # it does not know the file
+            raise ValueError(error) from error
         add_lora(model, config)
         load_lora(model, {name: value for name, value in state.items() if "lora_" in name}, str(path))
     attach_head(model, args, len(classes))

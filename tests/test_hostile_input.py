@@ -202,7 +202,7 @@ def test_code_in_a_checkpoint_does_not_run(place, zipped, evil, tmp_path):
 
 @pytest.mark.parametrize("file, place, name, value", [
     ("finetune.pth", "args", "seed", math.inf), ("lora.pth", "lora", "alpha", 10**400),
-])  # fmt: skip
+], ids=["seed", "alpha"])  # fmt: skip
 def test_numbers_that_are_too_large_for_a_float_are_refused(file, place, name, value, tmp_path):
     corpus.transfer(tmp_path)
     stored = read_checkpoint(tmp_path / file)
