@@ -45,11 +45,23 @@ def outside_cause(error: Exception) -> str | None:
     if trouble := disk_trouble(error):
         name = getattr(error, "filename", None)
         return f"{name}: {trouble}" if name else trouble
+    if any(map(_is_lost_peer, causes(error))):
+        return (
+            "another process of this run ended, or cannot be reached any more: it may have said why, here or on its "
+            "machine; what was saved is kept; give the same command again (a training with --resume auto)"
+        )
     if not any(map(_is_killed_worker, causes(error))):
         return None
     return (
         "a worker process was killed, perhaps because memory ran out: what was saved is kept; "
         "give the same command again (a training with --resume auto), with fewer workers if it happens again"
+    )
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """What gloo and NCCL say where the process at the other end is gone."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"gloo/.*(Connection (closed by peer|reset by peer|refused)|Broken pipe)|ncclRemoteError", str(error), re.DOTALL)
     )
 
 

@@ -1,13 +1,19 @@
 """Several processes under torchrun; a single process needs nothing of it and pays nothing."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from util.run.errors import UserError
+
+_BETWEEN_LOOKS = 0.005  # seconds
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,31 @@ def join(world: World, device: torch.device) -> None:
             "--device cpu"
         )
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, _, _ = next(rendezvous("env://"))
+        store.set_timeout(default_pg_timeout)  # how long the processes wait for one that starts late
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store_of_attempt(store, world), rank=world.rank, world_size=world.size)
+
+
+def _store_of_attempt(store: dist.Store, world: World) -> dist.Store:
+    """The part of torchrun's store that belongs to the processes which are alive now.
+
+    After `--max-restarts` the new processes are given the store of the killed ones, addresses in it included: whoever
+    looks before all have written theirs would wait for the dead. How often a machine has restarted does not tell the
+    attempts apart either, as machines count for themselves (pytorch/pytorch#135712). So each process shows the main one
+    a word that nobody had before and is answered with the name of the attempt.
+    """
+    name = uuid4().hex
+    if not world.is_main:
+        store.set(f"animask/asks/{world.rank}", name)
+        name = store.get(f"animask/answer/{name}").decode()
+        store.set(f"animask/knows/{name}/{world.rank}", "")
+    for rank in range(1, world.size) if world.is_main else ():
+        while not store.check([f"animask/knows/{name}/{rank}"]):
+            # what stands there may still be the word of a dead process: it is answered too, and asked for again
+            store.set(f"animask/answer/{store.get(f'animask/asks/{rank}').decode()}", name)
+            time.sleep(_BETWEEN_LOOKS)
+    return dist.PrefixStore(f"animask/{name}", store)
 
 
 def leave() -> None:
