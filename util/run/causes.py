@@ -61,7 +61,11 @@ def outside_cause(error: Exception) -> str | None:
 def _is_lost_peer(error: BaseException) -> bool:
     """What gloo and NCCL say where the process at the other end is gone."""
     return isinstance(error, RuntimeError) and bool(
-        re.search(r"gloo/.*(Connection (closed by peer|reset by peer|refused)|Broken pipe)|ncclRemoteError", str(error), re.DOTALL)
+        re.search(
+            r"gloo/.*(Connection (closed by peer|reset by peer|refused)|Broken pipe)|ncclRemoteError",
+            str(error),
+            re.DOTALL,
+        )
     )
 
 

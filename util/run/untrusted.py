@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from util.run.parquet_footer import announced_chunks
+
 SPARE_BYTES = 384 << 20  # that any file may unpack to: with a copy of it that is below a gigabyte
 RATIO = 100  # bytes in memory for each byte of a file that unpacks to more
 _ROWS = 8192  # of a Parquet file, between two looks at what they came to
@@ -163,11 +165,13 @@ def open_parquet(source, columns: Sequence[str] | None = None):
         raise ValueError(f"it announces {metadata.num_rows} rows, which is too much for a file of {size} bytes")
     leaves = _leaves(metadata, columns)
     unpacked = values = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+    for group in announced_chunks(source):
+        if len(group) != metadata.num_columns:
+            raise ValueError("its footer is damaged")
         for number, leaf in leaves.items():
-            chunk = group.column(number)
-            unpacked += chunk.total_uncompressed_size
-            values += chunk.num_values * _WIDTHS.get(leaf.physical_type, leaf.length)
+            count, size_of_chunk = group[number]
+            unpacked += size_of_chunk
+            values += count * _WIDTHS.get(leaf.physical_type, leaf.length)
     _check_bytes(max(unpacked, values), size)
     # inside a struct Arrow cannot always put such dictionaries together
     texts = [leaf.path for leaf in leaves.values() if leaf.physical_type == "BYTE_ARRAY" and "." not in leaf.path]
