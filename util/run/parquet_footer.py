@@ -4,11 +4,12 @@ Arrow offers the same numbers, but ends the whole process over a footer whose si
 of 26.0). The footer is a struct in Thrift's compact protocol; the numbers of its fields stand in parquet.thrift.
 """
 
+import os
 import struct
 from collections.abc import Callable
 from typing import Any
 
-LONGEST = 8 << 20  # bytes of a footer, which are looked at one by one
+LONGEST = 4 << 20  # bytes of a footer, which are looked at one by one
 _TAIL = 8  # bytes at the end of the file: the footer's length, and the magic number
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 _DAMAGED = "its footer is damaged"
@@ -33,7 +34,7 @@ def announced_chunks(source) -> list[list[tuple[int, int]]]:
 
 
 def _footer(source) -> bytes:
-    if hasattr(source, "to_pybytes"):
+    if not isinstance(source, (str, os.PathLike)):
         held = memoryview(source)
         return _cut(lambda start, end: bytes(held[start:end]), len(held))
     with open(source, "rb") as file:
