@@ -344,8 +344,13 @@ def test_every_training_saves_on_a_signal_and_says_how_to_go_on(script, signum, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1], ids=["the main process", "the other one"])
-def test_a_killed_rank_is_started_again_by_torchrun(killed, run_script, make_images, tmp_path):
+@pytest.mark.parametrize(
+    "kills",
+    [[(3, 0)], [(3, 1)], [(2, 1), (9, 0)], [(None, 0), (5, 1)], [(None, 1), (4, 1)]],
+    ids=["the main process", "the other one", "both in turn", "the main one at its start too", "one twice"],
+)
+def test_killed_ranks_are_started_again_by_torchrun(kills, run_script, make_images, tmp_path):
+    """kills: (after which epoch, or None while it starts; which rank), one after the other."""
     data = make_images(tmp_path / "images", 28, size=24)
     recipe = "--model mae_vit_nano_patch8 --input_size 16 --batch_size 4 --epochs 40 --warmup_epochs 1 --eval_images 4"
     recipe += " --val_fraction 0.2 --lr 1e-3 --device cpu --num_workers 0 --resume auto"
@@ -359,12 +364,15 @@ def test_a_killed_rank_is_started_again_by_torchrun(killed, run_script, make_ima
         [*torchrun, *argv("restarted")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch 3 "):
-            break
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[killed]), signal.SIGKILL)
-    said = process.stdout.read()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    said = ""
+    for epoch, rank in kills:
+        while epoch is None and len(children.read_text().split()) < 2:
+            time.sleep(0.02)
+        while epoch is not None and f"epoch {epoch} " not in said:
+            said += process.stdout.readline()
+        os.kill(int(children.read_text().split()[rank]), signal.SIGKILL)
+    said += process.stdout.read()
     assert process.wait(timeout=300) == 0
     assert "resuming" in said
     epochs = Counter(json.loads(line)["epoch"] for line in (tmp_path / "restarted/log.txt").read_text().splitlines())
