@@ -153,6 +153,24 @@ def test_only_files_that_have_a_checksum_are_read(released, tmp_path):
     assert read_release(folder) == read_release(released)
 
 
+@pytest.mark.parametrize("who", ["ann", "yuki", "", "sora\0"])
+def test_splits_that_contradict_the_pairs_are_refused(who, released, tmp_path):
+    """Its checksums are made anew: whoever can change a list can do that too."""
+    folder = shutil.copytree(released, tmp_path / "copy")
+    sample = read_release(folder).pairs["verification"]["id_a"][0]
+    rows = (folder / "splits.csv").read_text().splitlines()
+    (number,) = [number for number, row in enumerate(rows) if row.startswith(f"{sample},")]
+    name, split, old, source = rows[number].split(",")
+    assert old != who
+    (folder / "splits.csv").write_text(
+        "\n".join([*rows[:number], f"{name},{split},{who},{source}", *rows[number + 1 :]])
+    )
+    names = [line.split("  ", 1)[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    (folder / "SHA256SUMS").write_text("".join(f"{digest(folder / name)}  {name}\n" for name in names))
+    with pytest.raises(UserError, match=r"calls a pair one identity that splits\.csv calls two|or nobody's"):
+        read_release(folder)
+
+
 def test_other_data_are_told_from_the_released(released):
     release = read_release(released)
     rows = [dict(row) for row in release.splits]

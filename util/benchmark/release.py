@@ -205,13 +205,15 @@ def _check_lists(release: Release) -> None:
     known = {row["sample_id"] for row in release.splits}
     if len(known) < len(release.splits):
         raise ValueError(f"{SPLITS} has a sample twice")
-    labelled = {row["sample_id"] for row in release.splits if row["identity"]}
+    who = {row["sample_id"]: row["identity"] for row in release.splits if row["identity"]}
     for name in ("verification", "verification_tuning"):
         listed = release.pairs.get(name, {"id_a": [], "id_b": [], "label": [], "kind": []})
-        if not labelled.issuperset(listed["id_a"] + listed["id_b"]):
+        if not who.keys() >= {*listed["id_a"], *listed["id_b"]}:
             raise ValueError(f"{name} lists a sample that is not there, or nobody's")
         if not ({0, 1}.issuperset(listed["label"]) and set(KINDS).issuperset(listed["kind"])):
             raise ValueError(f"{name} has a label or a kind that is none")
+        if [who[a] == who[b] for a, b in zip(listed["id_a"], listed["id_b"], strict=True)] != listed["label"]:
+            raise ValueError(f"{name} calls a pair one identity that {SPLITS} calls two, or the other way round")
     for name, columns in release.episodes.items():
         if not known.issuperset(columns["sample_id"]):
             raise ValueError(f"{name} lists a sample that is not there")
