@@ -380,6 +380,7 @@ def test_a_finished_packing_is_left_alone_until_something_changes(shapes, tmp_pa
     error = fails(capsys, flags(data, out, "--canvas", 16))
     assert "--canvas was 24 and is now 16" in error and "--overwrite" in error
     assert "--crop was smart and is now centre" in fails(capsys, flags(data, out, "--crop", "centre"))
+    assert "40000 is out of range: it must be from 1 to 32768" in fails(capsys, flags(data, out, "--canvas", 40_000))
     picture(50, 50, 9).save(data / "square.png")
     assert "the pictures" in fails(capsys, flags(data, out))
     picture(50, 50, 9).save(data / "more.png")
@@ -566,6 +567,7 @@ def test_loaders_give_the_canvases_without_a_warning(many, whole, tmp_path, work
     crop = TrainCrop((16, 16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine of one core
         loader = TrainLoader(source, crop, num_workers=workers, **options)
         batch = next(loader.enter(2, 1))
         loader.close()

@@ -31,6 +31,7 @@ from util.data.pack_origin import Origin, open_origin
 from util.data.packed import (
     ALIGNMENT,
     CHUNKS,
+    LARGEST_CANVAS,
     MAP_CELLS,
     PACKED_SCHEMA,
     SAMPLES,
@@ -307,7 +308,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data_path", metavar="DIR", help="prepared folder, class folders, folder of images, or hf:OWNER/NAME[:SPLIT]")
     add("--out", required=True, metavar="FILE", help="file to write, or with --check to check")
-    add("--canvas", type=flags.count, default=256, help="side of the stored pictures, px; 3 * side^2 bytes each")
+    side = flags.number(int, 1, LARGEST_CANVAS)
+    add("--canvas", type=side, default=256, help="side of the stored pictures, px; 3 * side^2 bytes each")
     add(
         "--crop",
         choices=CROPS,

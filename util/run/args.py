@@ -32,7 +32,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_high: boo
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not math.isfinite(value) or not low <= value <= high or (open_high and value == high):
+        if not low <= value <= high or value == math.inf or (open_high and value == high):
             raise argparse.ArgumentTypeError(f"{text} is out of range: {_range(low, high, open_high)}")
         return value
 
