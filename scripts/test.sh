@@ -17,8 +17,6 @@ fi
 
 cd "$ROOT"
 ensure_env requirements-dev.txt
-# the tests' networks are so small that more threads only wait for each other
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 python -m ruff check .
 python -m ruff format --check .

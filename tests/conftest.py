@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# the tests' networks are so small that more threads only wait for each other, and another number of them gives other
+# last bits than the processes that the tests start; torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Hugging Face's libraries cache what the tests make; they read this when they are imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="animask-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
