@@ -5,11 +5,13 @@ python main_detect.py ... --train lora --rank 8        # or --train frozen
 python main_detect.py ... --model timm:resnet50 --init timm:resnet50      # the convolutional baseline
 """
 
+from itertools import chain
+
 import torch
 
 from models_detect import KIND, WAYS, Detector, PictureDetector, build_detector
 from models_transfer import MODEL_NAMES
-from util.benchmark.detection import headline
+from util.benchmark.detection import Finds, headline
 from util.data.augment import to_unit
 from util.data.images import BadImage
 from util.data.loader import TrainLoader, loader_options
@@ -81,22 +83,36 @@ def parameter_groups(model: Detector, args, lr: float) -> list[dict]:
 
 
 class Validation:
-    """Average precision on held-out pictures, at the size of training."""
+    """Average precision on held-out pictures, at the size of training.
+
+    The processes share the pictures out, and all of them return the figures of all pictures.
+    """
 
     def __init__(self, here: Session, scenes: Scenes):
         self.here, self.scenes = here, scenes
 
     def __call__(self, model: Detector, epoch: int = 0) -> dict[str, float]:
-        size = max(flags.height_width(self.here.args.input_size))
+        size, world = max(flags.height_width(self.here.args.input_size)), self.here.world
         finder = PictureDetector(model, self.here.device, size, self.here.args.precision)
-        truth, found = [], []
-        for i in range(len(self.scenes)):
-            try:
-                found += finder.detect([self.scenes.load(i)])
-                truth.append(self.scenes.record(i))
-            except BadImage as error:
-                self.here.run.say(f"left out of the evaluation: {error}")
-        return headline(truth, found)
+        own = {i: self._seen(finder, i) for i in range(world.rank, len(self.scenes), world.size)}
+        shares = world.gather_objects(own)
+
+        def figures() -> dict[str, float]:
+            seen = [each for _, each in sorted(chain.from_iterable(share.items() for share in shares))]
+            for reason in (each for each in seen if isinstance(each, str)):
+                self.here.run.say(f"left out of the evaluation: {reason}")
+            pairs = [each for each in seen if not isinstance(each, str)]
+            return headline([truth for truth, _ in pairs], [found for _, found in pairs])
+
+        return world.from_main(figures)
+
+    def _seen(self, finder: PictureDetector, i: int) -> tuple[dict, Finds] | str:
+        """What there is on picture `i`, and what is found; the reason for one that cannot be read."""
+        try:
+            (found,) = finder.detect([self.scenes.load(i)])
+        except BadImage as error:
+            return str(error)
+        return self.scenes.record(i), found
 
 
 def detect(args, here: Session) -> None:
@@ -119,7 +135,7 @@ def detect(args, here: Session) -> None:
         loader=loader,
         optimizer=make_optimizer(parameter_groups(model, args, lr), lr, here.device, BETAS),
         schedule=cosine(args, lr, loader.steps),
-        evaluate=Validation(here, val) if here.world.is_main else None,
+        evaluate=Validation(here, val),
         best_of=("ap50", "max"),
         notes={"kind": KIND},
     )

@@ -3,6 +3,10 @@
 Run: python -m pytest tests/test_detect.py
 """
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +15,10 @@ from PIL import Image, ImageDraw
 import main_detect
 from models_detect import load_detector
 from tests.helpers import assert_same, fails, outcome, results_of
+from tests.ranks import run_ranks
 from util.data.manifest import write_manifest
 from util.training.checkpoint import read_checkpoint
+from util.training.session import session
 
 
 def make_squares(folder, pictures: int = 26):
@@ -83,10 +89,40 @@ def test_results_and_what_its_checkpoint_finds(squares, whole):
     assert np.array_equal(one.boxes, two.boxes) and len(one.scores)
 
 
-def test_it_learns(squares, tmp_path):
-    """Squares of one colour, seen a few dozen times, are found in pictures that were never seen."""
-    main_detect.main(flags(squares, tmp_path, "--epochs", 40, "--eval_every", 10, "--head_lr", 3e-3))
-    assert results_of(tmp_path)["best_val"]["ap50"] > 0.8
+@pytest.fixture(scope="module")
+def learned(squares, tmp_path_factory):
+    """A detector that has seen the squares a few dozen times."""
+    run = tmp_path_factory.mktemp("learned")
+    main_detect.main(flags(squares, run, "--epochs", 40, "--eval_every", 10, "--head_lr", 3e-3))
+    return run
+
+
+def test_it_learns(learned):
+    """Squares of one colour are found in pictures that were never seen."""
+    assert results_of(learned)["best_val"]["ap50"] > 0.8
+
+
+def _figures(argv: list[str], checkpoint: str, out: str) -> None:
+    """In each process: the figures of a detector on held-out pictures."""
+    args = main_detect.get_args(argv)
+    with session(args) as here:
+        scenes = main_detect.open_scenes(args, "val")
+        figures = main_detect.Validation(here, scenes)(load_detector(checkpoint).model)
+        Path(f"{out}.{here.world.rank}").write_text(json.dumps(figures))
+
+
+def test_held_out_pictures_are_shared_out_and_give_the_figures_of_one_process(squares, learned, tmp_path):
+    """Of eight pictures one cannot be read; three processes cannot have equally many."""
+    data, checkpoint = shutil.copytree(squares, tmp_path / "data"), learned / "checkpoint-best.pth"
+    (data / "19.png").write_bytes(b"damaged")
+    _figures(flags(data, tmp_path / "run"), checkpoint, str(tmp_path / "one"))
+    expected = json.loads((tmp_path / "one.0").read_text())
+    assert 0.2 < expected["ap"] < 1 and expected["ap50"] > 0.8
+    argv = flags(data, tmp_path / "run", "--batch_size", 2)
+    said = run_ranks(3, "tests.test_detect:_figures", argv, checkpoint, str(tmp_path / "three"))
+    for rank in range(3):
+        assert json.loads((tmp_path / f"three.{rank}").read_text()) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert [text.count("left out of the evaluation") for text in said] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("way", ["lora", "frozen"])

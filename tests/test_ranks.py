@@ -248,6 +248,21 @@ def test_held_out_samples_are_shared_out_and_give_the_figures_of_one_process(dat
         assert [text.count("left out of the evaluation") for text in said] == [1, 0, 0]
 
 
+def test_all_judge_the_model_that_is_saved(data, tmp_path):
+    """What batch norm has seen differs between the processes; the main one's is saved."""
+    argv = transfer_flags(data["finetune"], tmp_path / "run", "--epochs", 2, "--batch_size", 6)
+    argv[argv.index("vit_nano_patch8")] = "timm:test_resnet"
+    run_ranks(2, "main_finetune:main", argv)
+    logged = outcome(tmp_path / "run")[-1][-1]
+    args = main_finetune.get_args([*argv, "--output_dir", str(tmp_path / "other")])
+    with session(args) as here:
+        task, model = open_labelled(args), start_backbone(vars(args))
+        attach_head(model, vars(args), len(task.classes))
+        model.load_state_dict(read_checkpoint(tmp_path / "run/checkpoint-last.pth")["model"])
+        figures = Validation(here, task, task.val)(model)
+    assert {name: logged[f"val_{name}"] for name in figures} == pytest.approx(figures, rel=1e-5)
+
+
 def _embed(argv: list[str], out: str, chunk: int) -> None:
     """In each process: the embeddings of the training images, and how many of them this process has computed."""
     features.CHUNK = chunk

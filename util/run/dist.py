@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -33,6 +33,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
         return tensor
+
+    def take_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give tensors the main process's values, in place; of the same shapes and in the same order everywhere."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, src=0)
 
     def gather_objects(self, value) -> list:
         """The values of all processes, in rank order, on every process."""

@@ -286,6 +286,8 @@ class _Trainer:
         if state.epoch % self.args.eval_every and state.epoch != self.args.epochs:
             return False
         better = diverged = False
+        # what batch norm has seen differs between the processes: all judge the model that the main one saves
+        self.world.take_from_main(setup.model.buffers())
         if setup.evaluate:
             setup.model.eval()
             state.val = setup.evaluate(setup.model, state.epoch)
