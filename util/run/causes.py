@@ -59,7 +59,9 @@ def outside_cause(error: Exception) -> str | None:
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """What gloo and NCCL say where the process at the other end is gone."""
+    """What gloo, NCCL and the store by which processes meet say where the other end is gone."""
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):  # of torch, which is slow to import
+        return True
     return isinstance(error, RuntimeError) and bool(
         re.search(
             r"gloo/.*(Connection (closed by peer|reset by peer|refused)|Broken pipe)|ncclRemoteError",

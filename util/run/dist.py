@@ -8,7 +8,6 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from util.run.errors import UserError
@@ -105,7 +104,6 @@ def join(world: World, device: torch.device) -> None:
         )
     if world.size > 1 and not dist.is_initialized():
         store, _, _ = next(rendezvous("env://"))
-        store.set_timeout(default_pg_timeout)  # how long the processes wait for one that starts late
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store_of_attempt(store, world), rank=world.rank, world_size=world.size)
 
@@ -124,9 +122,12 @@ def _store_of_attempt(store: dist.Store, world: World) -> dist.Store:
         name = store.get(f"animask/answer/{name}").decode()
         store.set(f"animask/knows/{name}/{world.rank}", "")
     for rank in range(1, world.size) if world.is_main else ():
+        until = time.monotonic() + store.timeout.total_seconds()
         while not store.check([f"animask/knows/{name}/{rank}"]):
             # what stands there may still be the word of a dead process: it is answered too, and asked for again
             store.set(f"animask/answer/{store.get(f'animask/asks/{rank}').decode()}", name)
+            if time.monotonic() > until:
+                raise UserError(f"process {rank} of {world.size} has not come: see what it says on its machine")
             time.sleep(_BETWEEN_LOOKS)
     return dist.PrefixStore(f"animask/{name}", store)
 
