@@ -1,103 +1,157 @@
-"""What the footer of a Parquet file announces of its columns, without the accessor of Arrow that ends the process.
+"""What the footer of a Parquet file announces of its columns, read without Arrow.
 
-`RowGroupMetaData.column` has the same numbers, but over a footer whose size statistics contradict its schema it takes
-the whole process down (Arrow 26.0). What is read here is the footer as Arrow has understood it and writes it again, and
-not the bytes of a stranger, which two readers could understand differently: a struct in Thrift's compact protocol, the
-numbers of whose fields stand in parquet.thrift. Maps do not occur in it.
+Arrow has the same numbers, but over some damaged footers its accessor (`RowGroupMetaData.column`, where size statistics
+contradict the schema) and its writer (`write_metadata_file`) end the whole process, as of 26.0. The footer is a struct
+in Thrift's compact protocol; its fields stand in parquet.thrift.
 """
 
 import os
 import struct
+from collections.abc import Callable
 from typing import Any
 
-LONGEST = 2 << 20  # bytes of a footer: a hostile one of that length takes seconds
+LONGEST = 2 << 20  # bytes of a footer, which are looked at one by one
 _TAIL = 8  # bytes at the end of the file: the footer's length, and the magic number
-TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, _, STRUCT = range(1, 13)
-# the way to what is wanted, by field number; the rest is passed over
-_META = {5: {}, 6: {}}  # num_values, total_uncompressed_size
-_FILE = {4: {1: {3: _META}}}  # row_groups, columns, meta_data
+_DAMAGED = "its footer is damaged"
+STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(13)
 
 
-def check_length(source) -> None:
-    """ValueError where the footer of a file, a path or a pyarrow.Buffer, says that it is longer than LONGEST."""
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            tail = file.read()
-    else:
-        tail = bytes(memoryview(source)[-_TAIL:])
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] == b"PAR1" and length > LONGEST:
-        raise ValueError(f"its footer of {length} bytes is longer than {LONGEST}")
+def _list_of(kind: int, fields: dict | None = None) -> tuple:
+    return LIST, kind, fields or {}
 
 
-def announced_chunks(metadata) -> list[list[tuple[int, int]]]:
+# what counts in parquet.thrift, by field number: the numbers that are wanted, and the lists. Readers that know a list
+# do not ask what it says it is made of: one that says something else would be read as two different things.
+_NUMBER = I64, STOP, {}
+_PAIRS, _STRUCTS, _I32S, _I64S = _list_of(STRUCT), _list_of(STRUCT), _list_of(I32), _list_of(I64)
+_SIZES, _SHAPES = (STRUCT, STOP, {2: _I64S, 3: _I64S}), (STRUCT, STOP, {2: _I32S})
+_META = {2: _I32S, 3: _list_of(BINARY), 5: _NUMBER, 6: _NUMBER, 8: _PAIRS, 13: _STRUCTS, 16: _SIZES, 17: _SHAPES}
+_GROUP = {1: _list_of(STRUCT, {3: (STRUCT, STOP, _META)}), 4: _STRUCTS}
+_FILE = {2: _STRUCTS, 4: _list_of(STRUCT, _GROUP), 5: _PAIRS, 7: _STRUCTS}
+
+
+def announced_chunks(source) -> list[list[tuple[int, int]]]:
     """(values, uncompressed bytes) of each column in each row group, in the order of the schema's columns.
 
-    metadata: a pyarrow.parquet.FileMetaData.
+    source: a path or a pyarrow.Buffer. ValueError or OSError where the footer is damaged, or longer than LONGEST.
     """
-    import pyarrow as pa
+    try:
+        groups = _Compact(_footer(source)).struct(_FILE)[4]
+        chunks = [[(chunk[3][5], chunk[3][6]) for chunk in group[1]] for group in groups]
+    except (IndexError, KeyError, RecursionError, struct.error) as error:
+        raise ValueError(_DAMAGED) from error
+    if any(min(chunk) < 0 for group in chunks for chunk in group):
+        raise ValueError(_DAMAGED)
+    return chunks
 
-    sink = pa.BufferOutputStream()
-    metadata.write_metadata_file(sink)
-    file = sink.getvalue().to_pybytes()
-    (length,) = struct.unpack("<I", file[-_TAIL:-4])
-    groups = _Compact(file[-_TAIL - length : -_TAIL]).struct(_FILE)[4]
-    return [[(chunk[3][5], chunk[3][6]) for chunk in group[1]] for group in groups]
+
+def _footer(source) -> bytes:
+    if not isinstance(source, (str, os.PathLike)):
+        held = memoryview(source)
+        return _cut(lambda start, end: bytes(held[start:end]), len(held))
+    with open(source, "rb") as file:
+
+        def read(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        return _cut(read, file.seek(0, os.SEEK_END))
+
+
+def _cut(read: Callable[[int, int], bytes], size: int) -> bytes:
+    end = max(0, size - _TAIL)
+    (length,) = struct.unpack("<I", read(end, size)[:4])
+    if length > end:
+        raise ValueError(_DAMAGED)
+    if length > LONGEST:
+        raise ValueError(f"its footer of {length} bytes is longer than {LONGEST}")
+    return read(end - length, end)
 
 
 class _Compact:
-    """A reader of well-formed data in Thrift's compact protocol."""
+    """A reader of Thrift's compact protocol, which takes all bytes for what Thrift's reader in C++ takes them, or none.
+
+    IndexError where the data end early, ValueError where they are none or ambiguous.
+    """
 
     def __init__(self, data: bytes):
         self.data = data
         self.at = 0
 
-    def struct(self, wanted: dict) -> dict[int, Any]:
-        """The wanted fields that are there, by number."""
+    def struct(self, known: dict) -> dict[int, Any]:
+        """The fields that are known and of their type, by number. Of one that is there twice, the last."""
         fields, number = {}, 0
-        while head := self._byte():
+        while (head := self._byte()) & 15 != STOP:  # whatever stands before it
             number = number + (head >> 4) if head >> 4 else self._number()
-            kind = head & 15
-            value = None if kind in (TRUE, FALSE) else self._value(kind, wanted.get(number, {}))
-            if number in wanted:
-                fields[number] = value
+            if not 0 < number < 1 << 15:
+                raise ValueError(_DAMAGED)
+            kind, element, parts = known.get(number, (STOP, STOP, {}))
+            if kind != head & 15:
+                self._pass(head & 15)
+            elif kind == I64:
+                fields[number] = self._number()
+            else:
+                fields[number] = self.struct(parts) if kind == STRUCT else self._known_list(element, parts)
         return fields
 
-    def _value(self, kind: int, wanted: dict) -> Any:
-        """A whole number, a list or a struct; None for what nobody wants."""
-        if kind in (I16, I32, I64):
-            return self._number()
-        if kind == STRUCT:
-            return self.struct(wanted)
-        if kind in (LIST, SET):
-            return self._list(wanted)
-        length = self._varint() if kind == BINARY else {TRUE: 1, FALSE: 1, BYTE: 1, DOUBLE: 8}[kind]
-        self.at += length
-        return None
-
-    def _list(self, wanted: dict) -> list:
-        head = self._byte()
-        count = head >> 4 if head >> 4 < 15 else self._varint()
-        if wanted:
-            return [self._value(head & 15, wanted) for _ in range(count)]
+    def _known_list(self, element: int, parts: dict) -> list:
+        count, kind = self._list_head()
+        if kind != element:
+            raise ValueError(_DAMAGED)
+        if parts:
+            return [self.struct(parts) for _ in range(count)]
         for _ in range(count):
-            self._value(head & 15, wanted)
+            self._pass(kind, in_list=True)
         return []
+
+    def _pass(self, kind: int, in_list: bool = False) -> None:
+        if kind in (TRUE, FALSE):  # of a field it is the type that says it
+            self._skip(in_list)
+        elif kind == BYTE:
+            self._skip(1)
+        elif kind in (I16, I32, I64):
+            self._varint()
+        elif kind == DOUBLE:
+            self._skip(8)
+        elif kind == BINARY:
+            self._skip(self._varint())
+        elif kind in (LIST, SET):
+            count, kind = self._list_head()
+            for _ in range(count):
+                self._pass(kind, in_list=True)
+        elif kind == MAP:
+            count = self._varint()
+            kinds = self._byte() if count else 0
+            for _ in range(count):
+                self._pass(kinds >> 4, in_list=True)
+                self._pass(kinds & 15, in_list=True)
+        elif kind == STRUCT:
+            self.struct({})
+        else:
+            raise ValueError(_DAMAGED)
+
+    def _list_head(self) -> tuple[int, int]:
+        head = self._byte()
+        return head >> 4 if head >> 4 < 15 else self._varint(), head & 15
 
     def _number(self) -> int:
         number = self._varint()
         return (number >> 1) ^ -(number & 1)  # zigzag
 
     def _varint(self) -> int:
-        number = shift = 0
-        while True:
+        number = 0
+        for shift in range(0, 70, 7):
             byte = self._byte()
             number |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return number
-            shift += 7
+        raise ValueError(_DAMAGED)
 
     def _byte(self) -> int:
         self.at += 1
         return self.data[self.at - 1]
+
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > len(self.data):
+            raise IndexError(self.at)

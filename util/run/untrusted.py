@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.run.parquet_footer import announced_chunks, check_length
+from util.run.parquet_footer import announced_chunks
 
 SPARE_BYTES = 384 << 20  # that any file may unpack to: with a copy of it that is below a gigabyte
 RATIO = 100  # bytes in memory for each byte of a file that unpacks to more
@@ -160,14 +160,13 @@ def open_parquet(source, columns: Sequence[str] | None = None):
     """
     import pyarrow.parquet as pq
 
-    check_length(source)
     size, metadata = _size_of(source), pq.read_metadata(source)
     if metadata.num_rows > max(_SPARE_ROWS, 16 * size):
         raise ValueError(f"it announces {metadata.num_rows} rows, which is too much for a file of {size} bytes")
     leaves = _leaves(metadata, columns)
     unpacked = values = 0
-    for group in announced_chunks(metadata):
-        if len(group) != metadata.num_columns or any(min(chunk) < 0 for chunk in group):
+    for group in announced_chunks(source):
+        if len(group) != metadata.num_columns:
             raise ValueError("its footer is damaged")
         for number, leaf in leaves.items():
             count, size_of_chunk = group[number]
