@@ -196,7 +196,7 @@ def _verification(scores: Scores, release: Release, boot: dict) -> dict:
     listed, values = release.pairs["verification"], scores.pairs["verification"]
     same, kind = np.array(listed["label"], dtype=bool), np.array(listed["kind"])
     names = np.array([[who[a], who[b]] for a, b in zip(listed["id_a"], listed["id_b"], strict=True)], object)
-    codes = np.unique(names, return_inverse=True)[1].reshape(names.shape)
+    codes = _codes(names).reshape(names.shape)
 
     def report(negatives: str) -> dict:
         chosen = same | (kind == negatives)

@@ -7,7 +7,6 @@ in Thrift's compact protocol; its fields stand in parquet.thrift.
 
 import os
 import struct
-from collections.abc import Callable
 from typing import Any
 
 LONGEST = 2 << 20  # bytes of a footer, which are looked at one by one
@@ -46,26 +45,18 @@ def announced_chunks(source) -> list[list[tuple[int, int]]]:
 
 
 def _footer(source) -> bytes:
-    if not isinstance(source, (str, os.PathLike)):
-        held = memoryview(source)
-        return _cut(lambda start, end: bytes(held[start:end]), len(held))
-    with open(source, "rb") as file:
+    import pyarrow as pa
 
-        def read(start: int, end: int) -> bytes:
-            file.seek(start)
-            return file.read(end - start)
-
-        return _cut(read, file.seek(0, os.SEEK_END))
-
-
-def _cut(read: Callable[[int, int], bytes], size: int) -> bytes:
-    end = max(0, size - _TAIL)
-    (length,) = struct.unpack("<I", read(end, size)[:4])
-    if length > end:
-        raise ValueError(_DAMAGED)
-    if length > LONGEST:
-        raise ValueError(f"its footer of {length} bytes is longer than {LONGEST}")
-    return read(end - length, end)
+    with open(source, "rb") if isinstance(source, (str, os.PathLike)) else pa.BufferReader(source) as file:
+        end = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+        file.seek(end)
+        (length,) = struct.unpack("<I", file.read(4))
+        if length > end:
+            raise ValueError(_DAMAGED)
+        if length > LONGEST:
+            raise ValueError(f"its footer of {length} bytes is longer than {LONGEST}")
+        file.seek(end - length)
+        return file.read(length)
 
 
 class _Compact:
@@ -100,8 +91,7 @@ class _Compact:
             raise ValueError(_DAMAGED)
         if parts:
             return [self.struct(parts) for _ in range(count)]
-        for _ in range(count):
-            self._pass(kind, in_list=True)
+        self._pass_elements(count, kind)
         return []
 
     def _pass(self, kind: int, in_list: bool = False) -> None:
@@ -116,9 +106,7 @@ class _Compact:
         elif kind == BINARY:
             self._skip(self._varint())
         elif kind in (LIST, SET):
-            count, kind = self._list_head()
-            for _ in range(count):
-                self._pass(kind, in_list=True)
+            self._pass_elements(*self._list_head())
         elif kind == MAP:
             count = self._varint()
             kinds = self._byte() if count else 0
@@ -129,6 +117,10 @@ class _Compact:
             self.struct({})
         else:
             raise ValueError(_DAMAGED)
+
+    def _pass_elements(self, count: int, kind: int) -> None:
+        for _ in range(count):
+            self._pass(kind, in_list=True)
 
     def _list_head(self) -> tuple[int, int]:
         head = self._byte()
